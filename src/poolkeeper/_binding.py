@@ -1,0 +1,166 @@
+"""
+The bond between a pool and the event loop and process that opened it.
+
+`LoopBinding.is_here()` is asked on every acquire, release and I/O, so it is one identity
+comparison. Everything that costs more happens only when the answer is no.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from asyncio import proactor_events
+
+from ._where import Place, running_loop
+from .errors import LoopMismatchError, see
+
+_bindings: weakref.WeakSet[LoopBinding] = weakref.WeakSet()
+
+
+class LoopBinding:
+    """
+    Owner loop and process of one life of a pool.
+
+    The loop is held weakly: a pool must not keep a dead loop alive, and the number of a dead
+    loop (its `id()`) may be given to the next one.
+    """
+
+    __slots__ = ("__weakref__", "_forked", "_loop", "name", "opened")
+
+    def __init__(self, name: str) -> None:
+        """
+        Bind to the running loop and to this process.
+
+        Args:
+            name: Name of the pool, for messages.
+
+        Raises:
+            LoopMismatchError: If no loop is running, or one that psycopg cannot use.
+        """
+        self.name = name
+        self.opened = Place.here()
+        self._forked = False
+        loop = running_loop()
+        if loop is None:
+            raise LoopMismatchError(
+                f'pool "{name}" cannot be opened outside of an event loop',
+                detail=f"open() was called {self.opened}.",
+                hint="Call it from a coroutine, under asyncio.run(). Trio and curio are not"
+                f" supported by psycopg. {see('loop-mismatch')}",
+            )
+        if isinstance(loop, proactor_events.BaseProactorEventLoop):
+            raise LoopMismatchError(
+                f'pool "{name}" cannot be opened on a ProactorEventLoop',
+                detail=f"psycopg cannot wait for sockets on it. open() was called {self.opened}.",
+                hint="Run the program on a selector loop:"
+                " asyncio.run(main(), loop_factory=asyncio.SelectorEventLoop); with uvicorn,"
+                " --loop asyncio:SelectorEventLoop. Setting a loop policy after the loop was"
+                " made has no effect. Where the program needs the Proactor loop (subprocesses,"
+                " Playwright), run the pool in a thread of its own with a selector loop."
+                f" {see('loop-mismatch')}",
+            )
+        self._loop = weakref.ref(loop)
+        _bindings.add(self)
+
+    def is_here(self) -> bool:
+        """Tell whether the caller runs on the owner loop, in the owner process."""
+        try:
+            return self._loop() is asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The owner loop; None when it is gone or belongs to another process."""
+        return None if self._forked else self._loop()
+
+    @property
+    def forked(self) -> bool:
+        """True in a process forked from the one that opened the pool."""
+        return self._forked
+
+    @property
+    def dead(self) -> bool:
+        """True when nobody can run on the owner loop any more, from this process."""
+        loop = self.loop
+        return loop is None or loop.is_closed()
+
+    def check(self, doing: str) -> None:
+        """
+        Return if the caller is where the pool belongs, raise otherwise.
+
+        Args:
+            doing: What was refused, for the message: ``"acquired from"``.
+
+        Raises:
+            LoopMismatchError: With both places.
+        """
+        if not self.is_here():
+            raise self.mismatch(doing)
+
+    def mismatch(self, doing: str) -> LoopMismatchError:
+        """Return the error that says where the pool belongs and where it was used."""
+        used = Place.here()
+        loop = self.loop
+        if self._forked:
+            return LoopMismatchError(
+                f'pool "{self.name}" was opened in another process',
+                detail=f"Opened {self.opened.describe()} in process {self.opened.pid}."
+                f" It was {doing} {used} in process {os.getpid()}, forked from it.",
+                hint="Open the pool in each process, after the fork: await manager.open()."
+                " The parent's connections stay the parent's. With gunicorn, open it in the"
+                f" application's lifespan, not at import under --preload. {see('fork')}",
+            )
+        if used.loop == "no event loop":
+            return LoopMismatchError(
+                f'pool "{self.name}" was {doing} outside of its event loop',
+                detail=f"Opened {self._owner_in_words()}. It was {doing} {used}.",
+                hint=f"Await it from a coroutine on the loop that opened the pool."
+                f" {see('loop-mismatch')}",
+            )
+        if loop is None or loop.is_closed():
+            return LoopMismatchError(
+                f'pool "{self.name}" is bound to an event loop that is closed',
+                detail=f"Opened {self._owner_in_words()}. It was {doing} {used}.",
+                hint="Every asyncio.run() makes a new loop: open the pool in the one that uses"
+                ' it, with "async with manager:". Under pytest, give fixture and test the same'
+                f" loop scope. {see('loop-mismatch')}",
+            )
+        return LoopMismatchError(
+            f'pool "{self.name}" is bound to a different event loop',
+            detail=f"Opened {self._owner_in_words()}. It was {doing} {used}.",
+            hint="Open one PoolManager per event loop, or hand the work to the owner loop with"
+            f" asyncio.run_coroutine_threadsafe(). {see('loop-mismatch')}",
+        )
+
+    def _owner_in_words(self) -> str:
+        loop = self.loop
+        closed = loop is None or loop.is_closed()
+        return self.opened.describe("closed" if closed else "")
+
+    def _after_fork_in_child(self) -> None:
+        self._forked = True
+        self._loop = _never
+
+
+class _Never:
+    """Stands where no running loop is ever found."""
+
+
+_NEVER = _Never()
+
+
+def _never() -> _Never:
+    return _NEVER
+
+
+def _after_fork_in_child() -> None:
+    for binding in list(_bindings):
+        binding._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    # Cheaper than asking os.getpid() on every use, and seen by forks made in C too
+    # (they call PyOS_AfterFork_Child).
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,637 @@
+"""
+`PoolManager`: what users meet.
+
+Holds the configuration and one `BoundPool` for good, so both can be made at import time and
+handed around before anything is open.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import TracebackType
+from typing import Any, Generic, Literal, TypeAlias, get_origin, overload
+
+import psycopg
+from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
+from psycopg.abc import ConnParam, Params, Query
+from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
+from typing_extensions import Self, TypeVar
+
+from . import _conninfo
+from ._pool import BoundPool, CheckoutContext, State
+from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
+
+ACT_co = TypeVar(
+    "ACT_co", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow], covariant=True
+)
+Row = TypeVar("Row")
+Row2 = TypeVar("Row2")
+
+Callback: TypeAlias = Callable[[Any], Awaitable[None]]
+Isolation: TypeAlias = IsolationLevel | Literal[
+    "read uncommitted", "read committed", "repeatable read", "serializable"
+]
+
+_open_managers: weakref.WeakSet[PoolManager[Any]] = weakref.WeakSet()
+
+
+class PoolManager(Generic[ACT_co]):
+    """
+    Keeps a psycopg connection pool alive, on the right event loop, and honest.
+
+    Safe to create anywhere, at import time too: nothing is opened before `open()`. Takes what
+    `psycopg_pool.AsyncConnectionPool` takes, under the same names and with the same defaults.
+
+    Args:
+        conninfo: Connection string or URL, SQLAlchemy's (``postgresql+psycopg://``) too, or a
+            function, async or not, that returns one for each connection.
+        connection_class: `psycopg.AsyncConnection` or a subclass.
+        kwargs: Arguments of ``connect()``, or a function that returns them.
+        min_size: Connections to keep. `open()` waits for as many; with 0 it waits for none,
+            and finds out nothing about the server.
+        max_size: Connections to grow to when they are needed; *min_size* if None.
+        open: For arguments written for psycopg_pool; False or None.
+        configure: Called with each new connection.
+        check: Called with each connection before it is handed out.
+        reset: Called with each connection that comes back. ``"discard"`` runs ``DISCARD ALL``,
+            then *configure*: one round trip, or more, for each release.
+        name: Name of the pool, for messages and for ``application_name``.
+        close_returns: Let ``connection.close()`` give the connection back.
+        timeout: Seconds to wait for a connection.
+        max_waiting: How many tasks may wait at once; 0 for any number.
+        max_lifetime: Seconds after which a connection is replaced.
+        max_idle: Seconds after which an unused connection above *min_size* is closed.
+        reconnect_timeout: Seconds after which psycopg_pool gives a lost connection up.
+        reconnect_failed: Called when it does.
+        num_workers: Number of tasks that make and mend connections.
+        open_timeout: Seconds that `open()` waits for *min_size* connections.
+        close_timeout: Seconds that `close()` lets connections in use go on.
+        application_name: Name that the server shows for the connections. By default
+            ``poolkeeper:<name>``, unless *conninfo* or ``PGAPPNAME`` sets one.
+
+    Raises:
+        ConfigError: If a parameter cannot work; names it.
+
+    .. versionadded:: 0.1.0
+    """
+
+    _pool: BoundPool[Any]
+
+    def __init__(
+        self,
+        conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",
+        *,
+        connection_class: type[ACT_co] = AsyncConnection[TupleRow],  # type: ignore[assignment]
+        kwargs: Mapping[str, Any]
+        | Callable[[], dict[str, Any]]
+        | Callable[[], Awaitable[dict[str, Any]]]
+        | None = None,
+        min_size: int = 4,
+        max_size: int | None = None,
+        open: bool | None = None,
+        configure: Callable[[ACT_co], Awaitable[None]] | None = None,
+        check: Callable[[ACT_co], Awaitable[None]] | None = None,
+        reset: Callable[[ACT_co], Awaitable[None]] | Literal["discard"] | None = None,
+        name: str | None = None,
+        close_returns: bool = False,
+        timeout: float = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float = 60 * 60.0,
+        max_idle: float = 10 * 60.0,
+        reconnect_timeout: float = 5 * 60.0,
+        reconnect_failed: Callable[[Any], Awaitable[None] | None] | None = None,
+        num_workers: int = 3,
+        open_timeout: float = 30.0,
+        close_timeout: float = 5.0,
+        application_name: str | None = None,
+    ) -> None:
+        if open:
+            raise _bad("open", open, "None or False: open it with await manager.open()")
+        _require_callable(configure=configure, check=check, reconnect_failed=reconnect_failed)
+        if reset != "discard":
+            _require_callable(reset=reset)
+        _require_number(
+            timeout=timeout,
+            max_lifetime=max_lifetime,
+            max_idle=max_idle,
+            reconnect_timeout=reconnect_timeout,
+            open_timeout=open_timeout,
+            close_timeout=close_timeout,
+        )
+        _require_integer(
+            min_size=(min_size, 0), max_waiting=(max_waiting, 0), num_workers=(num_workers, 1)
+        )
+        if max_size is None:
+            max_size = min_size
+        _require_integer(max_size=(max_size, max(1, min_size)))
+        for parameter, value in (("name", name), ("application_name", application_name)):
+            if value is not None and not isinstance(value, str):
+                raise _bad(parameter, value, "a string or None")
+        # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
+        user_class: Any = get_origin(connection_class) or connection_class
+        if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
+            raise _bad("connection_class", connection_class, "a subclass of AsyncConnection")
+        if not (kwargs is None or callable(kwargs) or isinstance(kwargs, Mapping)):
+            raise _bad("kwargs", type(kwargs), "a dict, a function that returns one, or None")
+        if isinstance(conninfo, str):
+            conninfo = _conninfo.normalise(conninfo)
+        elif not callable(conninfo):
+            raise _bad("conninfo", type(conninfo), "a string or a function that returns one")
+        settled = {} if kwargs is None or callable(kwargs) else dict(kwargs)
+        self._server = _server(conninfo, settled, user_class)
+        self._open_timeout = open_timeout
+        self._close_timeout = close_timeout
+        self._pool = BoundPool(
+            conninfo,
+            connection_class=user_class,
+            kwargs=kwargs if callable(kwargs) else settled,
+            application_name=application_name,
+            configure=configure,
+            check=check,
+            reset=reset,
+            min_size=min_size,
+            max_size=max_size,
+            name=name,
+            close_returns=close_returns,
+            timeout=timeout,
+            max_waiting=max_waiting,
+            max_lifetime=max_lifetime,
+            max_idle=max_idle,
+            reconnect_timeout=reconnect_timeout,
+            reconnect_failed=reconnect_failed,
+            num_workers=num_workers,
+        )
+
+    # --- what can be read at any time ---------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Name of the pool."""
+        return self._pool.name
+
+    @property
+    def pool(self) -> BoundPool[ACT_co]:
+        """
+        The pool itself, a guarded `psycopg_pool.AsyncConnectionPool`.
+
+        The same object for the life of the manager, so it can be handed to a library before it
+        is opened, and stays valid when it is opened again.
+        """
+        return self._pool
+
+    @property
+    def state(self) -> str:
+        """
+        Where the pool is in its life: new, opening, open, closing or closed.
+
+        Closed too when the owner loop is closed, and in a process forked from the one that
+        opened it. Instantaneous.
+        """
+        return self._pool.state.value
+
+    def __repr__(self) -> str:
+        numbers = " ".join(f"{name}={value}" for name, value in self._pool.counts().items())
+        return f'<PoolManager "{self.name}" {self.state} {numbers}>'
+
+    # --- open and close -------------------------------------------------------------------
+
+    async def open(self, *, wait: bool = True, timeout: float | None = None) -> None:
+        """
+        Open the pool and bind it to the running event loop and this process.
+
+        Returns with *min_size* working connections. On a pool that is open on this loop, does
+        nothing but wait for them; two tasks that open at once get one pool. A pool that was
+        closed, whose loop is closed or that was opened by the parent of a forked process is
+        opened anew. If it fails or is cancelled, nothing is left behind, and it can be called
+        again.
+
+        Args:
+            wait: Return at once instead, and let the connections be made meanwhile.
+            timeout: Seconds to wait for them, `open_timeout` if None.
+
+        Raises:
+            LoopMismatchError: If the pool is open on another loop, or no loop is running, or
+                one that psycopg cannot use.
+            OpenError: If connections cannot be made: at once when the server's reason is
+                permanent (role, password, database, host name, conninfo), after *timeout*
+                when it may pass. The reason is its ``__cause__``.
+
+        .. versionadded:: 0.1.0
+        """
+        seconds = self._open_timeout if timeout is None else timeout
+        await self._pool.open(wait=wait, timeout=seconds)
+        self._warn_of_duplicate()
+        _open_managers.add(self)
+
+    async def close(self, timeout: float | None = None) -> None:
+        """
+        Close the pool.
+
+        New acquires and waiting tasks get `ClosedError` at once. Connections in use may finish
+        until *timeout*; then their queries are cancelled, their sessions closed, and their
+        holders named in a warning on the logger ``poolkeeper``. No session is left on the
+        server. Does nothing if closed; waits for a close that is under way. If cancelled, ends
+        the pool without waiting any longer, then raises.
+
+        Args:
+            timeout: Seconds that connections in use may go on, `close_timeout` if None. A
+                server that does not answer adds up to a second.
+
+        Raises:
+            LoopMismatchError: If called on another loop than the one that opened the pool, or
+                in a forked process.
+
+        .. versionadded:: 0.1.0
+        """
+        await self._pool.close(self._close_timeout if timeout is None else timeout)
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        pool = vars(self).get("_pool")
+        if pool is None or pool.state not in (State.OPENING, State.OPEN):
+            return
+        _warn(
+            f'pool "{pool.name}" was never closed; opened {pool.opened}',
+            UnclosedManagerWarning,
+            source=self,
+        )
+
+    def _warn_of_duplicate(self) -> None:
+        if self._server is None or self in _open_managers:
+            return
+        here = self._pool.opened
+        for other in list(_open_managers):
+            if (
+                other._server == self._server
+                and other._pool.state in (State.OPENING, State.OPEN)
+                and other._pool.is_here()
+            ):
+                warnings.warn(
+                    f'pool "{self.name}" is the second one open for the same server, database'
+                    f' and user on this loop; pool "{other.name}" was opened'
+                    f" {other._pool.opened}, this one {here}. A pool made per request or per"
+                    " call costs more than no pool: make one and share it",
+                    DuplicatePoolWarning,
+                    stacklevel=3,
+                )
+                return
+
+    # --- work -----------------------------------------------------------------------------
+
+    def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[ACT_co]:
+        """
+        Return a context manager that acquires a connection, commits or rolls back, and gives it back.
+
+        psycopg's semantics: commit when the block ends, roll back if it raises. Whatever the
+        block changed on the connection object, and the settings that PostgreSQL reports, is as
+        before for the next borrower. The connection refuses any use after the block.
+
+        Args:
+            timeout: Seconds to wait for a connection, the pool's `timeout` if None. With 0,
+                take one that is free now or fail.
+
+        Raises:
+            LoopMismatchError: If used on another loop than the one that opened the pool.
+            NotOpenError, ClosedError: If the pool is not open, or is closed meanwhile.
+            AcquireTimeout: If no connection was free in time.
+            TooManyWaitersError: If `max_waiting` tasks wait already.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        return CheckoutContext(self._pool, timeout, frame.f_code, frame.f_lineno)
+
+    def transaction(
+        self,
+        *,
+        isolation: Isolation | None = None,
+        read_only: bool | None = None,
+        deferrable: bool | None = None,
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[ACT_co]:
+        """
+        Return a context manager for one explicit transaction block on a connection of its own.
+
+        Commits when the block ends, rolls back if it raises; `psycopg.Rollback` rolls back and
+        is not passed on. The settings apply to this block only.
+
+        Args:
+            isolation: Isolation level, by name or as `psycopg.IsolationLevel`.
+            read_only: True for READ ONLY, False for READ WRITE.
+            deferrable: True for DEFERRABLE, False for NOT DEFERRABLE.
+            timeout: As for `connection()`.
+
+        Raises:
+            ConfigError: If *isolation* is no isolation level.
+
+        For the other errors see `connection()`.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        checkout: CheckoutContext[Any] = CheckoutContext(
+            self._pool, timeout, frame.f_code, frame.f_lineno
+        )
+        return _transaction(checkout, _level(isolation), read_only, deferrable)
+
+    @overload
+    def cursor(
+        self: PoolManager[AsyncConnection[Row]],
+        *,
+        binary: bool = False,
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[AsyncCursor[Row]]: ...
+
+    @overload
+    def cursor(
+        self,
+        *,
+        row_factory: AsyncRowFactory[Row2],
+        binary: bool = False,
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[AsyncCursor[Row2]]: ...
+
+    def cursor(
+        self,
+        *,
+        row_factory: AsyncRowFactory[Any] | None = None,
+        binary: bool = False,
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[AsyncCursor[Any]]:
+        """
+        Return a context manager for a cursor on a connection of its own.
+
+        Commits or rolls back as `connection()` does, and raises what it raises.
+
+        Args:
+            row_factory: How rows are made, for this cursor.
+            binary: Ask for results in binary format.
+            timeout: As for `connection()`.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        checkout: CheckoutContext[Any] = CheckoutContext(
+            self._pool, timeout, frame.f_code, frame.f_lineno
+        )
+        return _cursor(checkout, row_factory, binary)
+
+    # --- one statement, one round trip ------------------------------------------------------
+
+    async def execute(
+        self, query: Query, params: Params | None = None, *, timeout: float | None = None
+    ) -> int:
+        """
+        Run one statement by itself and return how many rows it touched.
+
+        Outside of any transaction block, so one round trip is all it costs, nothing is left
+        idle in transaction, and statements that refuse to run in one (VACUUM, CREATE DATABASE)
+        work. It is committed when this returns. Does not see, nor join, a `transaction()` that
+        is open: that one has a connection of its own.
+
+        Args:
+            query: The statement, as for `psycopg.AsyncConnection.execute()`.
+            params: Its parameters.
+            timeout: Seconds to wait for a connection, as for `connection()`.
+
+        Returns:
+            psycopg's ``rowcount``: rows returned or changed, -1 where the statement has none.
+
+        Raises:
+            psycopg.Error: What the server says.
+
+        For the other errors see `connection()`.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        async with self._one_shot(timeout, frame) as conn:
+            return (await conn.execute(query, params)).rowcount
+
+    @overload
+    async def fetchone(
+        self: PoolManager[AsyncConnection[Row]],
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Row | None: ...
+
+    @overload
+    async def fetchone(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        row_factory: AsyncRowFactory[Row2],
+        timeout: float | None = None,
+    ) -> Row2 | None: ...
+
+    async def fetchone(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        row_factory: AsyncRowFactory[Any] | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """
+        Run one statement as `execute()` does and return its first row.
+
+        Returns:
+            The row, None if there is none, also from a statement that returns no rows at all
+            (UPDATE without RETURNING): it is committed by then, so that is not an error.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        async with self._one_shot(timeout, frame) as conn:
+            cursor = await _run(conn, query, params, row_factory)
+            return await cursor.fetchone() if cursor.description else None
+
+    @overload
+    async def fetchall(
+        self: PoolManager[AsyncConnection[Row]],
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[Row]: ...
+
+    @overload
+    async def fetchall(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        row_factory: AsyncRowFactory[Row2],
+        timeout: float | None = None,
+    ) -> list[Row2]: ...
+
+    async def fetchall(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        row_factory: AsyncRowFactory[Any] | None = None,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """
+        Run one statement as `execute()` does and return all its rows.
+
+        Returns:
+            The rows; an empty list also from a statement that returns none.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        async with self._one_shot(timeout, frame) as conn:
+            cursor = await _run(conn, query, params, row_factory)
+            return await cursor.fetchall() if cursor.description else []
+
+    async def fetchval(
+        self, query: Query, params: Params | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """
+        Run one statement as `execute()` does and return the first column of its first row.
+
+        Returns:
+            The value; None if there is no row, and if the value is NULL.
+
+        .. versionadded:: 0.1.0
+        """
+        frame = sys._getframe(1)
+        async with self._one_shot(timeout, frame) as conn:
+            cursor = await _run(conn, query, params, scalar_row)
+            return await cursor.fetchone() if cursor.description else None
+
+    @asynccontextmanager
+    async def _one_shot(self, timeout: float | None, frame: Any) -> AsyncIterator[AsyncConnection[Any]]:
+        checkout: CheckoutContext[Any] = CheckoutContext(
+            self._pool, timeout, frame.f_code, frame.f_lineno
+        )
+        async with checkout as conn:
+            if not conn.autocommit:
+                # For this checkout only: what comes back is made as it was.
+                await conn.set_autocommit(True)
+            yield conn
+
+
+async def _run(
+    conn: AsyncConnection[Any],
+    query: Query,
+    params: Params | None,
+    row_factory: AsyncRowFactory[Any] | None,
+) -> AsyncCursor[Any]:
+    cursor = conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
+    if params is None:
+        return await cursor.execute(query)
+    return await cursor.execute(query, params)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def _transaction(
+    checkout: CheckoutContext[Any],
+    isolation: IsolationLevel | None,
+    read_only: bool | None,
+    deferrable: bool | None,
+) -> AsyncIterator[Any]:
+    async with checkout as conn:
+        if isolation is not None:
+            await conn.set_isolation_level(isolation)
+        if read_only is not None:
+            await conn.set_read_only(read_only)
+        if deferrable is not None:
+            await conn.set_deferrable(deferrable)
+        async with conn.transaction():
+            yield conn
+
+
+@asynccontextmanager
+async def _cursor(
+    checkout: CheckoutContext[Any], row_factory: AsyncRowFactory[Any] | None, binary: bool
+) -> AsyncIterator[Any]:
+    async with checkout as conn:
+        factory = row_factory or conn.row_factory
+        async with conn.cursor(binary=binary, row_factory=factory) as cursor:
+            yield cursor
+
+
+# --- what the constructor accepts -----------------------------------------------------------
+
+
+def _bad(parameter: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"{parameter} cannot be {value!r}",
+        parameter=parameter,
+        detail=f"It takes {wanted}.",
+        hint=see("config"),
+    )
+
+
+def _require_callable(**callbacks: object) -> None:
+    for parameter, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise _bad(parameter, value, "an async function that is called with one argument")
+
+
+def _require_number(**seconds: object) -> None:
+    for parameter, value in seconds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise _bad(parameter, value, "a number of seconds, not negative")
+
+
+def _require_integer(**numbers: tuple[object, int]) -> None:
+    for parameter, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _bad(parameter, value, f"a whole number, {least} or more")
+
+
+def _level(isolation: Isolation | None) -> IsolationLevel | None:
+    if isolation is None:
+        return None
+    try:
+        if isinstance(isolation, str):
+            return IsolationLevel[isolation.strip().upper().replace(" ", "_")]
+        return IsolationLevel(isolation)
+    except (KeyError, ValueError):
+        names = ", ".join(f'"{level.name.replace("_", " ").lower()}"' for level in IsolationLevel)
+        raise _bad("isolation", isolation, f"one of {names}, or an IsolationLevel") from None
+
+
+# Parameters of psycopg's connect() that are not libpq's.
+_PSYCOPG_PARAMETERS = frozenset(
+    {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
+)
+
+
+def _server(
+    conninfo: Any, kwargs: dict[str, ConnParam], user_class: type[AsyncConnection[Any]]
+) -> tuple[str, ...] | None:
+    """Check what libpq will be given as far as it is known, and return which server it means."""
+    if not isinstance(conninfo, str):
+        return None
+    if user_class.connect.__func__ is not AsyncConnection.connect.__func__:  # type: ignore[attr-defined]
+        kwargs = {}  # its own connect() may take anything
+    libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
+    for name in libpq:
+        try:
+            psycopg.conninfo.conninfo_to_dict("", **{name: "1"})
+        except psycopg.Error:
+            raise _bad("kwargs", f"{{{name!r}: …}}", "parameters of connect()") from None
+    return _conninfo.server_key(_conninfo.parse(conninfo, **libpq))

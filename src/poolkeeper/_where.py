@@ -1,0 +1,117 @@
+"""
+Say in words where something happened: line of code, task, event loop, thread.
+
+Keeps strings and numbers only, never frames, tasks or loops: what is stored here may outlive
+them by hours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sys
+import threading
+import weakref
+from dataclasses import dataclass
+from types import CodeType, FrameType
+
+_INTERNAL = ("poolkeeper", "psycopg", "psycopg_pool", "contextlib", "asyncio", "weakref")
+
+_loop_numbers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, int] = (
+    weakref.WeakKeyDictionary()
+)
+_next_loop_number = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something happened, ready to be printed."""
+
+    site: str
+    """``file:line`` of the caller's code."""
+
+    task: str | None
+    """Name of the task, None outside of any."""
+
+    loop: str
+    """The loop in words, without its thread; "no event loop" outside of any."""
+
+    thread: str
+    pid: int
+
+    @classmethod
+    def here(cls) -> Place:
+        """Describe the caller's caller's place: the innermost code that is not ours."""
+        task: str | None = None
+        loop = running_loop()
+        if loop is not None:
+            current = asyncio.current_task(loop)
+            task = current.get_name() if current else None
+        return cls(
+            site=call_site(),
+            task=task,
+            loop=describe_loop(loop),
+            thread=threading.current_thread().name,
+            pid=os.getpid(),
+        )
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, loop_state: str = "") -> str:
+        """Return the place in words, with *loop_state* ("closed") added to the loop."""
+        task = f'in task "{self.task}"' if self.task else "outside of any task"
+        facts = [self.loop, f'thread "{self.thread}"', *([loop_state] if loop_state else [])]
+        if self.loop == NO_LOOP:
+            return f'at {self.site} {task} ({", ".join(facts)})'
+        number, _, kind = self.loop.partition("/")
+        facts[0] = kind
+        return f"at {self.site} {task} on loop {number} ({', '.join(facts)})"
+
+
+NO_LOOP = "no event loop"
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running loop, None where there is none."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def describe_loop(loop: asyncio.AbstractEventLoop | None) -> str:
+    """Return ``number/kind`` of *loop*; numbers count the loops seen by this process."""
+    if loop is None:
+        return NO_LOOP
+    number = _loop_numbers.get(loop)
+    if number is None:
+        number = _loop_numbers[loop] = next(_next_loop_number)
+    kind = type(loop).__module__.partition(".")[0]
+    return f"{number}/{kind}"
+
+
+def call_site() -> str:
+    """Return ``file:line`` of the innermost frame outside of poolkeeper and what it stands on."""
+    frame: FrameType | None = sys._getframe(1)
+    innermost = frame
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] not in _INTERNAL:
+            return site(frame.f_code, frame.f_lineno)
+        frame = frame.f_back
+    assert innermost is not None
+    return site(innermost.f_code, innermost.f_lineno)
+
+
+def site(code: CodeType, lineno: int) -> str:
+    """Return ``file:line``, relative to the working directory where the file is below it."""
+    path = code.co_filename
+    try:
+        below = os.path.join(os.getcwd(), "")
+    except OSError:  # the working directory was removed
+        below = ""
+    if below and path.startswith(below):
+        path = path[len(below) :]
+    return f"{path}:{lineno}"

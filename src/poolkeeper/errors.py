@@ -1,0 +1,123 @@
+"""
+Every error and warning that poolkeeper raises.
+
+The shape is the one PostgreSQL users read daily: a first line that stands alone in a log,
+then ``DETAIL:`` (facts) and ``HINT:`` (advice). Each class also inherits the exception that
+existing code already catches for the same trouble.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import psycopg_pool
+
+__all__ = [
+    "AcquireTimeout",
+    "ClosedError",
+    "ConfigError",
+    "DuplicatePoolWarning",
+    "LoopMismatchError",
+    "MissingDependencyError",
+    "NotOpenError",
+    "OpenError",
+    "PoolkeeperError",
+    "ReleasedConnectionError",
+    "TooManyWaitersError",
+    "UnclosedManagerWarning",
+]
+
+_DOCS = "https://poolkeeper.readthedocs.io/errors"
+
+
+def see(anchor: str) -> str:
+    """Return the sentence that sends a reader to the docs of one error."""
+    return f"See {_DOCS}#{anchor}"
+
+
+class PoolkeeperError(Exception):
+    """
+    Base of every error raised by poolkeeper.
+
+    ``str()`` gives the message, then a DETAIL and a HINT line where there are any.
+
+    .. versionadded:: 0.1.0
+    """
+
+    detail: str | None
+    """Facts in full sentences: where the pool was opened, where it was used, numbers."""
+
+    hint: str | None
+    """What to do about it; marked "Probably" where it is a guess."""
+
+    def __init__(
+        self, message: str = "", *, detail: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.detail = detail
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [str(self.args[0]) if self.args else ""]
+        if self.detail:
+            lines.append(f"DETAIL:  {self.detail}")
+        if self.hint:
+            lines.append(f"HINT:  {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(PoolkeeperError, ValueError):
+    """A parameter has a value that cannot work. Names the parameter."""
+
+    parameter: str | None
+    """Name of the offending parameter."""
+
+    def __init__(self, message: str = "", *, parameter: str | None = None, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.parameter = parameter
+
+
+class LoopMismatchError(PoolkeeperError, RuntimeError):
+    """
+    The pool, or a connection of it, was used where it does not belong.
+
+    Another event loop, a loop that is closed, no loop at all, a forked process, or a loop
+    that psycopg cannot use. Subclasses `RuntimeError`, asyncio's own type for this.
+    """
+
+
+class NotOpenError(PoolkeeperError, psycopg_pool.PoolClosed):
+    """The pool was used before it was opened."""
+
+
+class ClosedError(PoolkeeperError, psycopg_pool.PoolClosed):
+    """The pool was used after it was closed, or was closed while the caller waited."""
+
+
+class OpenError(PoolkeeperError, psycopg.OperationalError):
+    """The pool could not be opened; ``__cause__`` is the server's own reason where it gave one."""
+
+
+class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):
+    """No connection became free in time; ``__cause__`` is the last connect failure, if any."""
+
+
+class TooManyWaitersError(PoolkeeperError, psycopg_pool.TooManyRequests):
+    """``max_waiting`` tasks are waiting for a connection already."""
+
+
+class ReleasedConnectionError(PoolkeeperError, psycopg.InterfaceError):
+    """A connection, or something made from it, was used or returned after it was given back."""
+
+
+class MissingDependencyError(PoolkeeperError, ImportError):
+    """An optional dependency is not installed. Names the extra that installs it."""
+
+
+class UnclosedManagerWarning(ResourceWarning):
+    """A manager was garbage-collected while its pool was open."""
+
+
+class DuplicatePoolWarning(UserWarning):
+    """A second pool was opened for the same server, database and user on the same loop."""
