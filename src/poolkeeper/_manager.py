@@ -32,9 +32,10 @@ Row = TypeVar("Row")
 Row2 = TypeVar("Row2")
 
 Callback: TypeAlias = Callable[[Any], Awaitable[None]]
-Isolation: TypeAlias = IsolationLevel | Literal[
-    "read uncommitted", "read committed", "repeatable read", "serializable"
-]
+Isolation: TypeAlias = (
+    IsolationLevel
+    | Literal["read uncommitted", "read committed", "repeatable read", "serializable"]
+)
 
 _open_managers: weakref.WeakSet[PoolManager[Any]] = weakref.WeakSet()
 
@@ -521,7 +522,9 @@ class PoolManager(Generic[ACT_co]):
             return await cursor.fetchone() if cursor.description else None
 
     @asynccontextmanager
-    async def _one_shot(self, timeout: float | None, frame: Any) -> AsyncIterator[AsyncConnection[Any]]:
+    async def _one_shot(
+        self, timeout: float | None, frame: Any
+    ) -> AsyncIterator[AsyncConnection[Any]]:
         checkout: CheckoutContext[Any] = CheckoutContext(
             self._pool, timeout, frame.f_code, frame.f_lineno
         )

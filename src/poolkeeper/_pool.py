@@ -347,7 +347,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if self._openers and _recovery.is_permanent(error):
             self._tell_openers(self._open_error(None))
 
-    def _told_of_errors(self, function: Callable[[], Any]) -> Callable[[], Coroutine[Any, Any, Any]]:
+    def _told_of_errors(
+        self, function: Callable[[], Any]
+    ) -> Callable[[], Coroutine[Any, Any, Any]]:
         """Return *function*, which gives conninfo or kwargs, made to tell us when it fails."""
 
         async def told() -> Any:
@@ -693,7 +695,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
         except asyncio.CancelledError as ex:
             interruption = ex
         late = [session for session in self._sessions if session.checkout is not None]
-        report = [f"{s.checkout}, held for {s.checkout.held_seconds:.1f} s" for s in late if s.checkout]
+        report = [
+            f"{s.checkout}, held for {s.checkout.held_seconds:.1f} s" for s in late if s.checkout
+        ]
         try:
             await self._stop_queries(late)
         except asyncio.CancelledError as ex:
@@ -808,7 +812,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
         for task in tasks:
             _compat.forget_task(task)
         if self._binding.forked:
-            _inherited.append((sessions, tasks, self._line, self.connection_class, vars(self).copy()))
+            _inherited.append(
+                (sessions, tasks, self._line, self.connection_class, vars(self).copy())
+            )
         else:
             for session in sessions:
                 session.pgconn.finish()

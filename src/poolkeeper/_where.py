@@ -64,7 +64,7 @@ class Place:
         task = f'in task "{self.task}"' if self.task else "outside of any task"
         facts = [self.loop, f'thread "{self.thread}"', *([loop_state] if loop_state else [])]
         if self.loop == NO_LOOP:
-            return f'at {self.site} {task} ({", ".join(facts)})'
+            return f"at {self.site} {task} ({', '.join(facts)})"
         number, _, kind = self.loop.partition("/")
         facts[0] = kind
         return f"at {self.site} {task} on loop {number} ({', '.join(facts)})"

@@ -1,0 +1,159 @@
+"""
+Options and fixtures of the whole suite.
+
+``--postgres=embedded`` (default) starts a server out of a wheel, ``--postgres=container`` one in
+Docker, anything else is the DSN of a server of yours whose user may create databases and roles.
+Tests marked ``fault`` always use embedded servers of their own: they stop and reconfigure them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from poolkeeper import PoolManager
+from poolkeeper._embedded import EmbeddedServer
+from tests.support.proxy import FaultProxy
+from tests.support.server import admin, make_roles
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("poolkeeper")
+    group.addoption("--postgres", default="embedded", help="embedded, container or a DSN")
+    group.addoption("--loop", default="asyncio", choices=["asyncio", "uvloop"])
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
+    if config.getoption("--loop") == "uvloop":
+        import uvloop
+
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.SelectorEventLoop}
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    debug = "on" if os.environ.get("PYTHONASYNCIODEBUG") else "off"
+    return (
+        f"poolkeeper: postgres={_postgres(config)}, loop={config.getoption('--loop')},"
+        f" asyncio debug {debug}"
+    )
+
+
+def _postgres(config: pytest.Config) -> str:
+    chosen = config.getoption("--postgres")
+    return chosen if chosen in ("embedded", "container") else "dsn"
+
+
+@pytest.fixture(scope="session")
+def loop_name(pytestconfig: pytest.Config) -> str:
+    """Which loop the suite runs on; programs that tests start use the same."""
+    return str(pytestconfig.getoption("--loop"))
+
+
+@pytest.fixture(scope="session")
+def dsn(pytestconfig: pytest.Config) -> Iterator[str]:
+    """A server that tests share: no test stops it, or leaves anything in it."""
+    chosen = pytestconfig.getoption("--postgres")
+    if chosen == "embedded":
+        with EmbeddedServer({"max_connections": 200}) as server:
+            yield server.dsn()
+    elif chosen == "container":
+        yield from _container()
+    else:
+        yield chosen
+
+
+def _container() -> Iterator[str]:
+    import docker
+    from testcontainers.postgres import PostgresContainer
+
+    try:
+        container = PostgresContainer("postgres:17", driver=None)
+    except docker.errors.DockerException as ex:
+        pytest.skip(f"--postgres=container: there is no Docker here: {ex}")
+    with container as server:
+        yield server.get_connection_url()
+
+
+@pytest.fixture(scope="session")
+def scram_server() -> Iterator[EmbeddedServer]:
+    """A server that asks for a password: role ``app``, password ``s3cret-pw``; 12 connections."""
+    server = EmbeddedServer(
+        {"max_connections": 12},
+        hba=[
+            "host all postgres 127.0.0.1/32 trust",
+            "host all all 127.0.0.1/32 scram-sha-256",
+        ],
+    )
+    with server:
+        make_roles(server)
+        yield server
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedServer]:
+    """A server of the test's own, running, that it may stop and restart."""
+    with EmbeddedServer({"max_connections": 50}) as server:
+        yield server
+
+
+@pytest.fixture
+async def proxy(dsn: str) -> AsyncIterator[FaultProxy]:
+    """A proxy in front of the shared server that can refuse, stall and cut."""
+    async with FaultProxy(dsn) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def make_manager(dsn: str) -> AsyncIterator[Callable[..., PoolManager]]:
+    """A function that makes managers on the shared server; they are closed after the test."""
+    made: list[PoolManager[Any]] = []
+
+    def make(conninfo: Any = None, **arguments: Any) -> PoolManager[Any]:
+        manager = PoolManager(dsn if conninfo is None else conninfo, **arguments)
+        made.append(manager)
+        return manager
+
+    yield make
+    for manager in made:
+        await manager.close(timeout=0)
+
+
+@pytest.fixture
+async def db(make_manager: Callable[..., PoolManager]) -> AsyncIterator[PoolManager]:
+    """An open manager: two connections, at most four."""
+    manager = make_manager(min_size=2, max_size=4, name="orders", timeout=5)
+    await manager.open()
+    yield manager
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left_behind() -> AsyncIterator[None]:
+    """Fail a test that leaves a task of ours running on its loop."""
+    yield
+    await asyncio.sleep(0)
+    ours = [
+        task
+        for task in asyncio.all_tasks()
+        if task.get_name().endswith(("-release", "-scheduler")) or "-worker-" in task.get_name()
+    ]
+    assert not ours, f"tasks left behind: {ours}"
+
+
+@pytest.fixture
+def server_sessions(dsn: str) -> Callable[[str], int]:
+    """A function that counts the server's sessions of one application name."""
+
+    def count(application_name: str) -> int:
+        rows = admin(
+            dsn,
+            "select count(*) from pg_stat_activity where application_name = %s",
+            (application_name,),
+        )
+        return int(rows[0][0])
+
+    return count

@@ -1,0 +1,2 @@
+async def test_a_row(db):
+    assert await db.fetchval("select 42") == 42

@@ -1,0 +1,146 @@
+"""
+A TCP proxy that fails on purpose.
+
+It runs in a thread with an event loop of its own, so that it goes on when the loop under test
+is blocked or closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+
+class FaultProxy:
+    """
+    Stands between a client and the server at *dsn*.
+
+    Attributes:
+        refuse: Close new connections at once.
+        silent: Accept new connections and say nothing.
+        accepted: How many connections were accepted so far.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._target = dsn
+        parameters = conninfo_to_dict(dsn)
+        self._host = str(parameters.get("host") or "127.0.0.1")
+        self._port = int(parameters.get("port") or 5432)
+        self.refuse = False
+        self.silent = False
+        self.accepted = 0
+        self._stalled = threading.Event()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._flow: asyncio.Event | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self.port = 0
+
+    @property
+    def dsn(self) -> str:
+        """The DSN of the server through this proxy."""
+        if "://" in self._target:
+            parts = urlsplit(self._target)
+            user = parts.netloc.rpartition("@")[0]
+            netloc = f"{user}@127.0.0.1:{self.port}" if user else f"127.0.0.1:{self.port}"
+            return urlunsplit(parts._replace(netloc=netloc))
+        return psycopg.conninfo.make_conninfo(self._target, host="127.0.0.1", port=self.port)
+
+    def start(self) -> None:
+        """Listen on a free port."""
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+
+    def stop(self) -> None:
+        """Cut everything and stop listening."""
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    def cut(self) -> None:
+        """Break every connection, as a reset by the network does."""
+        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(10)
+
+    def stall(self) -> None:
+        """Pass nothing on any more, in either direction, and keep the connections."""
+        assert self._flow is not None
+        self._loop.call_soon_threadsafe(self._flow.clear)
+
+    def resume(self) -> None:
+        """Pass everything on again."""
+        assert self._flow is not None
+        self._loop.call_soon_threadsafe(self._flow.set)
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    async def _listen(self) -> None:
+        self._flow = asyncio.Event()
+        self._flow.set()
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _shut(self) -> None:
+        self._server.close()
+        await self._cut()
+        current = asyncio.current_task()
+        rest = [task for task in asyncio.all_tasks() if task is not current]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _cut(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        if self.refuse:
+            writer.transport.abort()
+            return
+        self._writers.add(writer)
+        try:
+            if self.silent:
+                await reader.read()
+                return
+            there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
+            self._writers.add(there_writer)
+            try:
+                await asyncio.gather(
+                    self._pass_on(reader, there_writer), self._pass_on(there_reader, writer)
+                )
+            finally:
+                there_writer.close()
+                self._writers.discard(there_writer)
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+            self._writers.discard(writer)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert self._flow is not None
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                await self._flow.wait()
+                writer.write(data)
+                await writer.drain()
+        writer.close()
