@@ -11,6 +11,7 @@ import asyncio
 import os
 import weakref
 from asyncio import proactor_events
+from collections.abc import Callable
 
 from ._where import Place, running_loop
 from .errors import LoopMismatchError, see
@@ -60,7 +61,7 @@ class LoopBinding:
                 " Playwright), run the pool in a thread of its own with a selector loop."
                 f" {see('loop-mismatch')}",
             )
-        self._loop = weakref.ref(loop)
+        self._loop: Callable[[], asyncio.AbstractEventLoop | _Never | None] = weakref.ref(loop)
         _bindings.add(self)
 
     def is_here(self) -> bool:
@@ -73,7 +74,8 @@ class LoopBinding:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The owner loop; None when it is gone or belongs to another process."""
-        return None if self._forked else self._loop()
+        loop = self._loop()
+        return None if isinstance(loop, _Never) else loop
 
     @property
     def forked(self) -> bool:

@@ -6,14 +6,13 @@ fails when one of them goes away or changes its meaning. Nothing is copied: thes
 and set attributes, and call methods, of pools that poolkeeper made.
 """
 # The point of this module.
-# pyright: reportPrivateUsage=false
-# mypy: disable-error-code="misc"
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
@@ -87,10 +86,10 @@ def refuse_clients(pool: AnyPool) -> list[AnyConnection]:
 
 def forget_task(task: asyncio.Task[None]) -> None:
     """Let *task*, whose loop will never run again, be dropped without a word."""
-    task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class GivenUp(BaseException):  # noqa: N818 - not an error: psycopg_pool must not handle it
+class GivenUp(BaseException):  # not an error: psycopg_pool must not handle it
     """Raised instead of a cancellation where psycopg_pool's worker would swallow one."""
 
 
@@ -98,7 +97,7 @@ _in_worker: ContextVar[bool] = ContextVar("poolkeeper_in_worker", default=False)
 
 
 @contextmanager
-def cancellation_ends_worker() -> Iterator[None]:
+def cancellation_ends_worker() -> Generator[None]:
     """Let a cancellation of the block end the worker that runs it, if one does."""
     try:
         yield

@@ -20,7 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Coroutine
 from functools import partial
-from typing import Any, ClassVar, NoReturn, Protocol, cast
+from typing import Any, ClassVar, NoReturn, Protocol, Self, cast
 
 import psycopg
 from psycopg import AsyncConnection
@@ -88,10 +88,11 @@ class BoundConnection(AsyncConnection[Any]):
     _revoked_class: ClassVar[type[RetiredConnection]]
 
     _session: Session
+    _lost_work: bool  # set when it is revoked
 
     @override
     @classmethod
-    async def connect(cls, conninfo: str = "", **kwargs: Any) -> BoundConnection:  # type: ignore[override]  # pyright: ignore
+    async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         keeper: Keeper | None = cls._keeper()
         if keeper is None:  # the pool is gone; its last worker is about to find out
             raise psycopg.InterfaceError("the pool of this connection class is gone")
@@ -100,7 +101,7 @@ class BoundConnection(AsyncConnection[Any]):
         try:
             parameters = keeper.connect_parameters(conninfo, kwargs)
             with _compat.cancellation_ends_worker():
-                conn = cast(BoundConnection, await super().connect(**parameters))
+                conn = await super().connect(**parameters)
         except BaseException as ex:
             error = ex
             raise
@@ -111,7 +112,7 @@ class BoundConnection(AsyncConnection[Any]):
         return conn
 
     @override
-    def wait(
+    def wait(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, gen: PQGen[T], interval: float = _WAIT_INTERVAL, timeout: float | None = None
     ) -> Coroutine[Any, Any, T]:
         # Every I/O of a connection, its cursors, transactions, pipelines and copies ends here.
@@ -156,8 +157,8 @@ class RetiredConnection(BoundConnection):
     def _refuse(self) -> NoReturn:
         raise self.refusal("used")
 
-    pgconn = property(_refuse)  # type: ignore[assignment]  # pyright: ignore
-    lock = property(_refuse)  # type: ignore[assignment]  # pyright: ignore
+    pgconn = property(_refuse)
+    lock = property(_refuse)
 
     @property
     @override
@@ -188,7 +189,8 @@ class RetiredConnection(BoundConnection):
     def __repr__(self) -> str:
         return f"<{type(self).__module__}.{type(self).__qualname__} at 0x{id(self):x}>"
 
-    def __del__(self) -> None:
+    @override
+    def __del__(self, *_: Any) -> None:
         pass  # the session is not ours any more
 
 
@@ -202,7 +204,8 @@ class ReleasedConnection(RetiredConnection):
         got = f"Acquired {checkout}. " if checkout else ""
         return ReleasedConnectionError(
             f'connection of pool "{name}" was {doing} after it was given back',
-            detail=f"{got}It was {doing} {Place.here()}. The pool was opened {self._binding.opened}.",
+            detail=f"{got}It was {doing} {Place.here()}."
+            f" The pool was opened {self._binding.opened}.",
             hint="The session may be another task's by now. Keep the work inside the"
             ' "async with" block, acquire a connection of its own for work that outlives it, and'
             f" give a connection back once. {see('released')}",
@@ -219,7 +222,8 @@ class RevokedConnection(RetiredConnection):
         got = f"Acquired {checkout}. " if checkout else ""
         return ClosedError(
             f'pool "{name}" was closed while this connection was in use',
-            detail=f"{got}It was {doing} {Place.here()}. The pool was opened {self._binding.opened}.",
+            detail=f"{got}It was {doing} {Place.here()}."
+            f" The pool was opened {self._binding.opened}.",
             hint="Work that was not committed is rolled back. Give close() a longer timeout, or"
             f" end the tasks that use the pool before it is closed. {see('closed')}",
         )
@@ -244,12 +248,12 @@ def bound_class(
 
 def retire(conn: BoundConnection) -> None:
     """Refuse every further use of *conn*, which was given back."""
-    conn.__class__ = conn._released_class  # type: ignore[assignment]
+    conn.__class__ = conn._released_class
 
 
 def revoke(conn: BoundConnection) -> None:
     """Refuse every further use of *conn*, whose session the pool closes."""
-    conn.__class__ = conn._revoked_class  # type: ignore[assignment]
+    conn.__class__ = conn._revoked_class
 
 
 class Session:
@@ -282,7 +286,7 @@ class Session:
     @property
     def handle(self) -> BoundConnection | None:
         """The handle that stands for the session, unless it was dropped."""
-        return cast("BoundConnection | None", self._handle())
+        return self._handle()
 
     def settle(self, conn: BoundConnection) -> None:
         """
@@ -299,8 +303,9 @@ class Session:
         self._prepare = (conn._prepared.prepare_threshold, conn._prepared.prepared_max)
         self._parameters = tuple(map(conn.pgconn.parameter_status, REPORTED_PARAMETERS))
         # Bound once to whichever handle is current, not to each handle in turn.
-        conn.pgconn.notice_handler = partial(BaseConnection._notice_handler, self._handle)
-        conn.pgconn.notify_handler = partial(BaseConnection._notify_handler, self._handle)
+        current = cast("weakref.ref[Any]", self._handle)
+        conn.pgconn.notice_handler = partial(BaseConnection._notice_handler, current)
+        conn.pgconn.notify_handler = partial(BaseConnection._notify_handler, current)
         fixed = dict(vars(conn))
         for per_handle in (
             "_adapters", "_notice_handlers", "_notify_handlers", "_notifies_backlog", "_pool",
@@ -351,7 +356,7 @@ class Session:
             prepared.prepare_threshold, prepared.prepared_max = self._prepare
         self._handle.set(fresh)
         self.checkout = None
-        conn.__class__ = cls._released_class  # type: ignore[assignment]
+        conn.__class__ = cls._released_class
         return fresh
 
 

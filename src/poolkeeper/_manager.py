@@ -10,16 +10,17 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeAlias, get_origin, overload
+from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, overload
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.abc import ConnParam, Params, Query
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
-from typing_extensions import Self, TypeVar
+from typing_extensions import TypeVar
 
 from . import _conninfo
 from ._pool import BoundPool, CheckoutContext, State
@@ -129,20 +130,13 @@ class PoolManager(Generic[ACT_co]):
         if max_size is None:
             max_size = min_size
         _require_integer(max_size=(max_size, max(1, min_size)))
-        for parameter, value in (("name", name), ("application_name", application_name)):
-            if value is not None and not isinstance(value, str):
-                raise _bad(parameter, value, "a string or None")
-        # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
-        user_class: Any = get_origin(connection_class) or connection_class
-        if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
-            raise _bad("connection_class", connection_class, "a subclass of AsyncConnection")
-        if not (kwargs is None or callable(kwargs) or isinstance(kwargs, Mapping)):
-            raise _bad("kwargs", type(kwargs), "a dict, a function that returns one, or None")
+        _require_text(name=name, application_name=application_name)
+        user_class = _connection_class(connection_class)
         if isinstance(conninfo, str):
             conninfo = _conninfo.normalise(conninfo)
         elif not callable(conninfo):
             raise _bad("conninfo", type(conninfo), "a string or a function that returns one")
-        settled = {} if kwargs is None or callable(kwargs) else dict(kwargs)
+        settled = _settled(kwargs)
         self._server = _server(conninfo, settled, user_class)
         self._open_timeout = open_timeout
         self._close_timeout = close_timeout
@@ -296,7 +290,7 @@ class PoolManager(Generic[ACT_co]):
 
     def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[ACT_co]:
         """
-        Return a context manager that acquires a connection, commits or rolls back, and gives it back.
+        Return a context manager that acquires a connection, commits or rolls back, and releases.
 
         psycopg's semantics: commit when the block ends, roll back if it raises. Whatever the
         block changed on the connection object, and the settings that PostgreSQL reports, is as
@@ -422,7 +416,9 @@ class PoolManager(Generic[ACT_co]):
         """
         frame = sys._getframe(1)
         async with self._one_shot(timeout, frame) as conn:
-            return (await conn.execute(query, params)).rowcount
+            # psycopg takes a Template only without params, and says so.
+            cursor = await conn.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            return cursor.rowcount
 
     @overload
     async def fetchone(
@@ -524,7 +520,7 @@ class PoolManager(Generic[ACT_co]):
     @asynccontextmanager
     async def _one_shot(
         self, timeout: float | None, frame: Any
-    ) -> AsyncIterator[AsyncConnection[Any]]:
+    ) -> AsyncGenerator[AsyncConnection[Any]]:
         checkout: CheckoutContext[Any] = CheckoutContext(
             self._pool, timeout, frame.f_code, frame.f_lineno
         )
@@ -544,7 +540,7 @@ async def _run(
     cursor = conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
     if params is None:
         return await cursor.execute(query)
-    return await cursor.execute(query, params)  # type: ignore[arg-type]
+    return await cursor.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 @asynccontextmanager
@@ -553,7 +549,7 @@ async def _transaction(
     isolation: IsolationLevel | None,
     read_only: bool | None,
     deferrable: bool | None,
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any]:
     async with checkout as conn:
         if isolation is not None:
             await conn.set_isolation_level(isolation)
@@ -568,7 +564,7 @@ async def _transaction(
 @asynccontextmanager
 async def _cursor(
     checkout: CheckoutContext[Any], row_factory: AsyncRowFactory[Any] | None, binary: bool
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any]:
     async with checkout as conn:
         factory = row_factory or conn.row_factory
         async with conn.cursor(binary=binary, row_factory=factory) as cursor:
@@ -605,6 +601,29 @@ def _require_integer(**numbers: tuple[object, int]) -> None:
             raise _bad(parameter, value, f"a whole number, {least} or more")
 
 
+def _require_text(**texts: object) -> None:
+    for parameter, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise _bad(parameter, value, "a string or None")
+
+
+def _connection_class(given: object) -> type[AsyncConnection[Any]]:
+    # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
+    user_class = get_origin(given) or given
+    if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
+        raise _bad("connection_class", given, "a subclass of AsyncConnection")
+    return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
+
+
+def _settled(kwargs: object) -> dict[str, Any]:
+    """Return what is known of *kwargs* before the first connection."""
+    if kwargs is None or callable(kwargs):
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise _bad("kwargs", type(kwargs), "a dict, a function that returns one, or None")
+    return dict(cast("Mapping[str, Any]", kwargs))
+
+
 def _level(isolation: Isolation | None) -> IsolationLevel | None:
     if isolation is None:
         return None
@@ -634,7 +653,7 @@ def _server(
     libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
     for name in libpq:
         try:
-            psycopg.conninfo.conninfo_to_dict("", **{name: "1"})
+            conninfo_to_dict("", **{name: "1"})
         except psycopg.Error:
             raise _bad("kwargs", f"{{{name!r}: …}}", "parameters of connect()") from None
     return _conninfo.server_key(_conninfo.parse(conninfo, **libpq))

@@ -18,14 +18,15 @@ import sys
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, suppress
-from enum import Enum
+from enum import StrEnum
 from inspect import isawaitable
 from time import monotonic
 from types import CodeType, TracebackType
-from typing import Any, Literal, NoReturn, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import AsyncConnection, pq, sql
+from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
@@ -47,16 +48,11 @@ from .errors import (
     ClosedError,
     NotOpenError,
     OpenError,
-    PoolkeeperError,
     TooManyWaitersError,
     see,
 )
 
-ACT = TypeVar(
-    "ACT",
-    bound="psycopg.AsyncConnection[Any]",
-    default="psycopg.AsyncConnection[psycopg.rows.TupleRow]",
-)
+ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
 
 logger = logging.getLogger("poolkeeper")
@@ -70,7 +66,7 @@ CANCEL_GRACE = 1.0
 """Seconds that `close()` gives the server to stop the queries it cancels at its deadline."""
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Where a pool is in its life."""
 
     NEW = "new"
@@ -105,7 +101,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._user_class = connection_class
         self._user_configure = configure
         self._user_check = check
-        self._user_reset = reset
+        self._user_reset: ConnectionCallback | Literal["discard"] | None = reset
         self._application_name = application_name
         self._state = State.NEW
         self._binding: LoopBinding | None = None
@@ -247,10 +243,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             if self._last_error is not None and _recovery.is_permanent(self._last_error):
                 self._tell_openers(self._open_error(None))
             await asyncio.wait({opener}, timeout=timeout)
-            if opener.done():
-                failure = opener.result()
-            else:
-                failure = self._open_error(timeout)
+            failure = opener.result() if opener.done() else self._open_error(timeout)
         except BaseException:
             self._openers.discard(opener)
             if not self._openers:
@@ -393,7 +386,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
     # --- acquire --------------------------------------------------------------------------
 
     @override
-    def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[ACT]:  # type: ignore[override]
+    def connection(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[ACT]:
         """
         Return a context manager that acquires a connection and gives it back.
 
@@ -476,10 +471,10 @@ class BoundPool(AsyncConnectionPool[ACT]):
             conn = await waiter.future
         except BaseException:
             self._line.leave(waiter)
-            if waiter.future.done() and not waiter.future.cancelled():
-                if waiter.future.exception() is None:
-                    # Cancelled in the same turn of the loop in which it was served.
-                    self._give(waiter.future.result())
+            served = waiter.future.done() and not waiter.future.cancelled()
+            if served and waiter.future.exception() is None:
+                # Cancelled in the same turn of the loop in which it was served.
+                self._give(waiter.future.result())
             _compat.count(self, self._REQUESTS_ERRORS)
             raise
         finally:
@@ -620,7 +615,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if self._user_reset != "discard":
             await self._user_reset(conn)
             return
-        async with _autocommit(conn):
+        async with _Autocommit(conn):
             await conn.execute("DISCARD ALL")
         if self._user_configure is not None:
             await self._user_configure(conn)
@@ -633,7 +628,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             ", ".join(names),
         )
         identity = {"session_authorization", "is_superuser"}
-        async with _autocommit(conn):
+        async with _Autocommit(conn):
             if identity.intersection(names):
                 await conn.execute("RESET SESSION AUTHORIZATION")
                 await conn.execute("RESET ROLE")
@@ -742,7 +737,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         with suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_GRACE):
                 await asyncio.gather(*cancels, return_exceptions=True)
-        while monotonic() < until and any(s.pgconn.transaction_status == ACTIVE for s in active):
+        # libpq has no event for it: the task of the query reads the answer.
+        while monotonic() < until and any(s.pgconn.transaction_status == ACTIVE for s in active):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     def _revoke(self, session: Session) -> None:
@@ -751,7 +747,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         session.checkout = None
         if handle is None or pgconn.status == BAD:
             return
-        handle._lost_work = pgconn.transaction_status != IDLE  # type: ignore[attr-defined]
+        handle._lost_work = pgconn.transaction_status != IDLE
         if handle.lock.locked():
             # Its task is at work on the socket. Closing it would free the descriptor under the
             # event loop's feet; shut down, it reads as closed by the server.
@@ -780,7 +776,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         They have no I/O left that could keep them, so this takes a few turns of the loop.
         """
         interruption: asyncio.CancelledError | None = None
-        pending = {task for task in tasks if not task.done()}
+        pending: set[asyncio.Task[None]] = {task for task in tasks if not task.done()}
         until = monotonic() + CANCEL_GRACE
         while pending and (remaining := until - monotonic()) > 0:
             try:
@@ -906,11 +902,11 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
             else:
                 await conn.__aexit__(exc_type, exc, traceback)
         finally:
-            await pool.putconn(conn)
+            await pool.putconn(self._conn)
             _compat.count(pool, pool._USAGE_MS, int((monotonic() - self._since) * 1000))
 
 
-class _autocommit(AbstractAsyncContextManager[None]):
+class _Autocommit(AbstractAsyncContextManager[None]):
     """Run statements of our own outside of a transaction."""
 
     def __init__(self, conn: Any) -> None:

@@ -1,5 +1,5 @@
 """
-What a failed connection attempt means: will it ever work?
+Tell what a failed connection attempt means: whether another one can work.
 
 psycopg's connect errors carry no SQLSTATE (psycopg 3.3: ``sqlstate`` is None for all of them),
 so the answer comes from the class of the error and the text after ``FATAL:``, which the

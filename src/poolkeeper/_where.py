@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType
 
 _INTERNAL = ("poolkeeper", "psycopg", "psycopg_pool", "contextlib", "asyncio", "weakref")
@@ -109,7 +110,7 @@ def site(code: CodeType, lineno: int) -> str:
     """Return ``file:line``, relative to the working directory where the file is below it."""
     path = code.co_filename
     try:
-        below = os.path.join(os.getcwd(), "")
+        below = f"{Path.cwd()}{os.sep}"
     except OSError:  # the working directory was removed
         below = ""
     if below and path.startswith(below):
