@@ -1,0 +1,53 @@
+# Every target sets up what it needs, in .venv. Needs Python >= 3.11, make and a package index.
+# Paths are relative: the checkout may stand below a directory with a space in its name.
+#
+# ARGS goes to the command:  make demo ARGS="--dsn postgresql://..."
+#                            make test ARGS="-x tests/unit"
+
+PYTHON ?= python3
+export PYTHON
+
+RUN := .venv/bin/python
+PYTEST := -m pytest -p tests.support.no_skips --no-skips
+
+.PHONY: help demo test check lint types matrix build clean
+
+help:  ## say what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo:  ## run the demo: an app that works, and the mistakes, beside the bare pool
+	@scripts/venv demo
+	@$(RUN) -m poolkeeper demo $(ARGS)
+
+test:  ## run the whole suite on a real PostgreSQL, with coverage (95 % or it fails)
+	@scripts/venv test
+	@$(RUN) -m coverage erase
+	$(RUN) -m coverage run $(PYTEST) $(ARGS)
+	@$(RUN) -m coverage combine --quiet
+	@$(RUN) -m coverage report --skip-covered --precision=2 --fail-under=95
+
+check:  ## run the suite without coverage: faster, and fit for a part of it
+	@scripts/venv test
+	$(RUN) $(PYTEST) $(ARGS)
+
+lint:  ## ruff: rules and format
+	@scripts/venv lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types:  ## mypy and pyright, both strict
+	@scripts/venv types
+	$(RUN) -m mypy
+	$(RUN) -m pyright
+
+matrix:  ## the suite on every Python there is, uvloop, debug mode, oldest dependencies
+	@scripts/venv dev
+	$(RUN) -m nox --session tests $(ARGS)
+
+build:  ## wheel and sdist, in dist/
+	@scripts/venv test
+	$(RUN) -m hatchling build
+
+clean:  ## remove everything that was made
+	rm -rf .venv .nox dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

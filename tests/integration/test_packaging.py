@@ -1,0 +1,75 @@
+"""The wheel that users install."""
+
+from __future__ import annotations
+
+import email
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+import poolkeeper
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel, built from this checkout without the network."""
+    directory = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", directory],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (path,) = directory.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        yield wheel
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    """What the wheel says about itself."""
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(wheel.read(name))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    source = ROOT / "src"
+    expected = {
+        path.relative_to(source).as_posix()
+        for path in (source / "poolkeeper").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_the_wheel_is_typed_and_carries_its_licence(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert "poolkeeper/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_depends_on_psycopg_its_pool_and_typing_extensions_alone(
+    metadata: Message,
+) -> None:
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(re.split(r"[<>=!~ ;]", line)[0] for line in required) == [
+        "psycopg-pool",
+        "psycopg[pool]",
+        "typing-extensions",
+    ]
+
+
+def test_the_wheel_has_the_version_of_the_package_and_the_python_it_promises(
+    metadata: Message,
+) -> None:
+    assert metadata["Version"] == poolkeeper.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
