@@ -51,7 +51,8 @@ class PoolManager(Generic[ACT_co]):
     Args:
         conninfo: Connection string or URL, SQLAlchemy's (``postgresql+psycopg://``) too, or a
             function, async or not, that returns one for each connection.
-        connection_class: `psycopg.AsyncConnection` or a subclass.
+        connection_class: `psycopg.AsyncConnection`, which None stands for, or a subclass. Types
+            the rows too: ``AsyncConnection[DictRow]`` beside a *row_factory* in *kwargs*.
         kwargs: Arguments of ``connect()``, or a function that returns them.
         min_size: Connections to keep. `open()` waits for as many; with 0 it waits for none,
             and finds out nothing about the server.
@@ -87,7 +88,7 @@ class PoolManager(Generic[ACT_co]):
         self,
         conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",
         *,
-        connection_class: type[ACT_co] = AsyncConnection[TupleRow],  # type: ignore[assignment]
+        connection_class: type[ACT_co] | None = None,
         kwargs: Mapping[str, Any]
         | Callable[[], dict[str, Any]]
         | Callable[[], Awaitable[dict[str, Any]]]
@@ -609,9 +610,9 @@ def _require_text(**texts: object) -> None:
 
 def _connection_class(given: object) -> type[AsyncConnection[Any]]:
     # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
-    user_class = get_origin(given) or given
+    user_class = AsyncConnection if given is None else get_origin(given) or given
     if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
-        raise _bad("connection_class", given, "a subclass of AsyncConnection")
+        raise _bad("connection_class", given, "AsyncConnection or a subclass of it")
     return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
 
 
