@@ -20,7 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Coroutine
 from functools import partial
-from typing import Any, ClassVar, NoReturn, Protocol, Self, cast
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self, cast
 
 import psycopg
 from psycopg import AsyncConnection
@@ -79,11 +79,30 @@ class Keeper(Protocol):
         ...
 
 
+class BoundLock(asyncio.Lock):
+    """
+    The lock of a connection, for its owner loop only.
+
+    `BoundConnection.wait()` comes too late: a stranger would wait for the lock first, while
+    its owner is at work, with nobody to wake it; and to let a lock go from another thread
+    leaves the owner's own tasks asleep.
+    """
+
+    _binding: ClassVar[LoopBinding]
+
+    @override
+    def acquire(self) -> Coroutine[Any, Any, Literal[True]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self._binding.is_here():
+            raise self._binding.mismatch("used through one of its connections")
+        return super().acquire()
+
+
 class BoundConnection(AsyncConnection[Any]):
     """What poolkeeper adds to a connection class. Made concrete by `bound_class()`."""
 
     _keeper: ClassVar[weakref.ref[Any]]
     _binding: ClassVar[LoopBinding]
+    _lock_class: ClassVar[type[BoundLock]]
     _released_class: ClassVar[type[RetiredConnection]]
     _revoked_class: ClassVar[type[RetiredConnection]]
 
@@ -107,6 +126,7 @@ class BoundConnection(AsyncConnection[Any]):
             raise
         finally:
             keeper.attempt_ended(error)
+        conn.lock = cls._lock_class()
         conn._session = Session(conn)
         keeper.session_begins(conn._session)
         return conn
@@ -241,6 +261,7 @@ def bound_class(
     bound = derive(
         "Bound", BoundConnection, user_class, _keeper=weakref.ref(keeper), _binding=binding
     )
+    bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
     bound._released_class = derive("Released", ReleasedConnection, bound)
     bound._revoked_class = derive("Revoked", RevokedConnection, bound)
     return cast("type[BoundConnection]", bound)
@@ -343,7 +364,7 @@ class Session:
         attributes = vars(fresh)
         attributes.update(self._fixed)
         attributes["pgconn"] = self.pgconn
-        attributes["lock"] = asyncio.Lock()
+        attributes["lock"] = cls._lock_class()
         attributes["_notice_handlers"] = list(self._notice_handlers)
         attributes["_notify_handlers"] = list(self._notify_handlers)
         attributes["_notifies_backlog"] = deque()
