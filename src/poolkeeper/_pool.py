@@ -39,9 +39,10 @@ from ._connection import (
     RevokedConnection,
     Session,
     bound_class,
+    retire,
     revoke,
 )
-from ._conninfo import normalise
+from ._conninfo import normalise, parse
 from ._where import Place
 from .errors import (
     AcquireTimeout,
@@ -556,6 +557,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
         assert self._binding is not None
         if not self._binding.is_here():
             raise self._binding.mismatch("given a connection back")
+        if conn.lock.locked():
+            self._discard_busy(conn)
+            return None
         session = conn._session
         fresh = session.successor(conn)
         pgconn = session.pgconn
@@ -570,6 +574,30 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._give(fresh)
             return None
         return self._start_own_task(self._put_back(fresh))
+
+    def _discard_busy(self, conn: BoundConnection) -> None:
+        """
+        End a connection that comes back while another task is at work on it.
+
+        It may be idle as the server sees it (that task waits for notifications), and must not
+        be handed on nevertheless: two tasks would read from one socket.
+        """
+        session = conn._session
+        logger.warning(
+            'a connection of pool "%s" came back while another task was at work on it: closed.'
+            " Acquired %s",
+            self.name,
+            session.checkout,
+        )
+        session.checkout = None
+        _compat.set_owner(conn, None)
+        retire(conn)
+        # The event loop watches the socket: see _revoke().
+        _shut_down(session.pgconn.socket)
+        _compat.count(self, self._RETURNS_BAD)
+        if not self.closed:
+            _compat.replace_lost(self)
+        self._note_freed()
 
     def _give(self, conn: Any) -> None:
         """Hand a clean connection to the task that waited longest, or keep it."""
