@@ -5,9 +5,11 @@ Connection strings: accept what ``DATABASE_URL`` often holds, and keep passwords
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 import psycopg
+from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
 
 from .errors import ConfigError, see
@@ -15,10 +17,28 @@ from .errors import ConfigError, see
 # "postgresql+psycopg://", "postgres+asyncpg://": SQLAlchemy names the driver in the scheme.
 _SQLALCHEMY_SCHEME = re.compile(r"^(postgres(?:ql)?)\+[a-z0-9_]+://", re.IGNORECASE)
 
-# libpq quotes what it could not read, and that may be a piece of the password. It is kept only
-# where the words before it say that it is the name of an option.
-_QUOTED = re.compile(r'(?P<before>option|parameter|keyword)?(?P<colon>:? )"(?P<text>[^"]*)"')
-_NAME = re.compile(r"[a-z_]{1,40}")
+# What libpq says, up to where it quotes what it could not read: that may be a piece of the
+# password. Its other words, in other languages too, are not shown.
+_SAYINGS = re.compile(
+    r"""
+    (?P<named>
+        invalid\ connection\ option
+      | invalid\ URI\ query\ parameter:
+      | (?:extra|missing)\ key/value\ separator\ "="\ in\ URI\ query\ parameter:
+    )
+    | missing\ "="\ after
+    | unterminated\ quoted\ string\ in\ connection\ info\ string
+    | end\ of\ string\ reached\ when\ looking\ for\ matching\ "\]"
+    | IPv6\ host\ address\ may\ not\ be\ empty\ in\ URI:
+    | unexpected\ character
+    | invalid\ percent-encoded\ token:
+    | forbidden\ value\ %00\ in\ percent-encoded\ value:
+    | unexpected\ spaces\ found\ in
+    """,
+    re.VERBOSE,
+)
+_QUOTED_NAME = re.compile(r' "([a-z_]{1,40})"')
+_SECRET = re.compile("passw|secret|key|token", re.IGNORECASE)
 
 HIDDEN = "***"
 
@@ -33,34 +53,77 @@ def parse(conninfo: str, **kwargs: Any) -> dict[str, Any]:
     Return the parameters of a normalised *conninfo* and *kwargs*, as libpq reads them.
 
     Raises:
-        ConfigError: If libpq cannot read it. Neither it nor its chain shows the string.
+        ConfigError: If it cannot work. Neither it nor its chain shows the string.
     """
-    reason = ""
     try:
-        return dict(conninfo_to_dict(conninfo, **kwargs))
+        params = dict(conninfo_to_dict(conninfo, **kwargs))
     except psycopg.Error as ex:
-        reason = without_secrets(str(ex))
+        parameter = "conninfo"
+        fault = "is not a connection string that libpq can read: " + _safe_words(str(ex), conninfo)
+    else:
+        name, what = _fault(params)
+        if not name:
+            return params
+        parameter = "kwargs" if name in kwargs else "conninfo"
+        fault = f"cannot work: {what}"
     # Raised outside of the except block: libpq's own message may quote the password, and
     # __context__ would print it.
     raise ConfigError(
-        f"conninfo is not a connection string that libpq can read: {reason}",
-        parameter="conninfo",
+        f"{parameter} {fault}",
+        parameter=parameter,
         hint="Give a URL (postgresql://user:password@host:5432/dbname, with %-escapes for"
         " special characters) or a string of keywords (host=… dbname=…)."
         f" {see('config')}",
     )
 
 
-def without_secrets(libpq_message: str) -> str:
-    """Return the first line of a libpq parse error without anything it quotes from the input."""
+def _safe_words(libpq_message: str, conninfo: str) -> str:
+    """Return a libpq parse error without anything that may be a piece of the password."""
+    message = libpq_message.strip()
+    said = _SAYINGS.match(message)
+    if said is None:
+        return "the reason may quote the password and is not shown"
+    rest = message[said.end() :]
+    name = _QUOTED_NAME.fullmatch(rest) if said["named"] else None
+    if not rest or (name and _is_a_name(name[1], conninfo)):
+        return message
+    return f'{said[0]} "{HIDDEN}"'
 
-    def keep_names(match: re.Match[str]) -> str:
-        if match["before"] and _NAME.fullmatch(match["text"]):
-            return match[0]
-        return f'{match["before"] or ""}{match["colon"]}"{HIDDEN}"'
 
-    line = libpq_message.strip().splitlines()[0] if libpq_message.strip() else "no reason given"
-    return _QUOTED.sub(keep_names, line)
+def _is_a_name(text: str, conninfo: str) -> bool:
+    """Tell whether *text* is surely the name of an option, not a piece of a split password."""
+    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    if get_close_matches(text, known, 1, 0.8):
+        return True  # misspelt
+    if "://" in conninfo:
+        query = conninfo.partition("?")[2]
+        # With a "@" after it, the "?" stands in the password.
+        return "@" not in query and not _SECRET.search(query.rpartition(text)[0])
+    return not _SECRET.search(conninfo.rpartition(text)[0])
+
+
+def _fault(params: dict[str, Any]) -> tuple[str, str]:
+    """
+    Return which of *params* cannot work, and why; two empty strings if none is known not to.
+
+    libpq reads a URL up to the first "@" or "/", so the rest of a password that has one of them
+    would be looked up, and shown, as a host name or a port.
+    """
+    hosts, addresses, ports = (
+        str(params.get(name) or "").split(",") for name in ("host", "hostaddr", "port")
+    )
+    if any("@" in host[1:] and not host.startswith("/") for host in hosts):
+        return "host", 'a host name has a "@" in it'
+    if any(port and not _is_port(port) for port in map(str.strip, ports)):
+        return "port", "a port is not a number from 1 to 65535"
+    servers = max(len(hosts), len(addresses))
+    if len(ports) not in (1, servers):
+        return "port", f"{len(ports)} ports are given for {servers} hosts"
+    return "", ""
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and 0 < int(text) < 65536
 
 
 def server_key(params: dict[str, Any]) -> tuple[str, ...]:

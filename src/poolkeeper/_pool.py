@@ -36,6 +36,7 @@ from ._checkouts import Checkout, Line, Waiter
 from ._connection import (
     BoundConnection,
     ReleasedConnection,
+    RetiredConnection,
     RevokedConnection,
     Session,
     bound_class,
@@ -131,6 +132,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._last_error: BaseException | None = None
         self._freed: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] | None = None
+        self._wanted = False  # by somebody who does not wait for it, or not any more
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -198,6 +200,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
             _compat.make_scheduler_endable(self)
         if wait:
             await self._until_ready(timeout)
+        else:
+            self._wanted = True
 
     @override
     async def wait(self, timeout: float = 30.0) -> None:
@@ -237,40 +241,40 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     async def _until_ready(self, timeout: float) -> None:
         if self._state is State.OPEN:
+            self._wanted = True
             return
+        life = self._binding
         opener: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._openers.add(opener)
         try:
             if self._last_error is not None and _recovery.is_permanent(self._last_error):
                 self._tell_openers(self._open_error(None))
             await asyncio.wait({opener}, timeout=timeout)
-            failure = opener.result() if opener.done() else self._open_error(timeout)
         except BaseException:
             self._openers.discard(opener)
-            if not self._openers:
-                await self._fail_life(None)
+            if not self._wanted:
+                await self._give_up(life, None)
             raise
         self._openers.discard(opener)
-        if failure is None:
-            return
-        if not self._openers:
-            await self._fail_life(failure)
-        raise failure
+        failure = opener.result() if opener.done() else self._open_error(timeout)
+        if failure is not None:
+            await self._give_up(life, failure)
+            raise failure
+        self._wanted = True
 
     def _tell_openers(self, failure: BaseException | None) -> None:
         for opener in self._openers:
             if not opener.done():
                 opener.set_result(failure)
 
-    async def _fail_life(self, failure: BaseException | None) -> None:
-        """End a life that did not come to be open."""
-        if self._state is not State.OPENING:
+    async def _give_up(self, life: LoopBinding | None, failure: BaseException | None) -> None:
+        """End *life*, which did not come to be open, unless another task waits for it."""
+        if self._binding is not life or self._openers:
             return
-        self._line.refuse_all(failure or self._closed_error())
-        self._state = State.CLOSED
-        interruption = await self._settle(self._end_life())
-        if interruption:
-            raise interruption
+        # Open already, if a cancellation came together with the last connection: an opener
+        # that was cancelled will not close what it does not know to be open.
+        if self._state is State.OPENING or (self._state is State.OPEN and not self._wanted):
+            await self._close(0.0, failure)
 
     def _open_error(self, timeout: float | None) -> OpenError:
         """Return why the pool could not be opened: *timeout* seconds passed, or it never will."""
@@ -311,7 +315,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def connect_parameters(self, conninfo: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the parameters of one connection attempt."""
-        parameters = {"conninfo": normalise(conninfo), **kwargs}
+        conninfo = normalise(conninfo)
+        parse(conninfo)  # what a function returned: psycopg's own error may quote the password
+        parameters = {"conninfo": conninfo, **kwargs}
         if self._application_name is not None:
             parameters["application_name"] = self._application_name
         elif "fallback_application_name" not in kwargs:
@@ -351,8 +357,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
                 value = function()
                 return await value if isawaitable(value) else value
             except Exception as ex:
-                self._attempts_failed += 1
-                self._last_error = ex
+                self._attempt_failed(ex)
                 raise
 
         return told
@@ -554,10 +559,10 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if isinstance(conn, ReleasedConnection):
             raise conn.refusal("given back again")
         self._check_pool_putconn(conn)
-        assert self._binding is not None
-        if not self._binding.is_here():
-            raise self._binding.mismatch("given a connection back")
-        if conn.lock.locked():
+        # The connection's own binding: the pool may have been opened anew meanwhile.
+        if not conn._binding.is_here():
+            raise conn._binding.mismatch("given a connection back")
+        if conn.at_work:
             self._discard_busy(conn)
             return None
         session = conn._session
@@ -592,7 +597,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         session.checkout = None
         _compat.set_owner(conn, None)
         retire(conn)
-        # The event loop watches the socket: see _revoke().
+        # Not closed: see _revoke().
         _shut_down(session.pgconn.socket)
         _compat.count(self, self._RETURNS_BAD)
         if not self.closed:
@@ -703,43 +708,42 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if self._state is State.CLOSING:
             await self._until_ended()
             return
-        await self._close(monotonic() + timeout, timeout)
+        await self._close(timeout, None)
 
-    async def _close(self, deadline: float, timeout: float) -> None:
+    async def _close(self, timeout: float, failure: BaseException | None) -> None:
+        """End the life; tell those who wait *failure*, or that the pool is closed."""
         self._state = State.CLOSING
-        self._ended = asyncio.get_running_loop().create_future()
-        self._line.refuse_all(self._closed_error())
-        self._tell_openers(self._closed_error())
+        ended = self._ended = asyncio.get_running_loop().create_future()
+        self._line.refuse_all(failure or self._closed_error())
+        self._tell_openers(failure or self._closed_error())
         for conn in _compat.refuse_clients(self):
             conn.pgconn.finish()
         interruption: asyncio.CancelledError | None = None
         try:
-            await self._until_free(deadline)
+            await self._until_free(monotonic() + timeout)
         except asyncio.CancelledError as ex:
             interruption = ex
-        late = [session for session in self._sessions if session.checkout is not None]
-        report = [
-            f"{s.checkout}, held for {s.checkout.held_seconds:.1f} s" for s in late if s.checkout
+        late = [
+            f"{checkout}, held for {checkout.held_seconds:.1f} s" for checkout in self.checkouts()
         ]
         try:
-            await self._stop_queries(late)
+            await self._stop_queries()
         except asyncio.CancelledError as ex:
             interruption = ex
-        for session in late:
-            self._revoke(session)
-        tasks = [*self._end_life(), *self._returning]
-        for task in self._returning:
-            task.cancel()
+        interruption = await self._settle(self._end_life()) or interruption
+        for session in self._sessions:
+            if not _at_work(session):
+                session.pgconn.finish()
+        # Only now: who opens the pool anew must not meet what is left of this life.
         self._state = State.CLOSED
-        interruption = await self._settle(tasks) or interruption
-        self._ended.set_result(None)
-        if report:
+        ended.set_result(None)
+        if late:
             logger.warning(
                 'pool "%s" was closed after %.2f s with %d connection(s) still in use: %s',
                 self.name,
                 timeout,
-                len(report),
-                "; ".join(report),
+                len(late),
+                "; ".join(late),
             )
         if interruption is not None:
             raise interruption
@@ -755,9 +759,14 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._freed = asyncio.get_running_loop().create_future()
             await asyncio.wait({self._freed}, timeout=remaining)
 
-    async def _stop_queries(self, sessions: Iterable[Session]) -> None:
-        """Cancel what runs on *sessions* and give the server a moment to stop it."""
-        active = [s for s in sessions if s.pgconn.transaction_status == ACTIVE and s.handle]
+    async def _stop_queries(self) -> None:
+        """
+        Cancel what runs, in callbacks too, and give the server a moment to stop it.
+
+        A server does not look for a client that is gone before it has something to send: what
+        is not cancelled goes on, and keeps its session.
+        """
+        active = [s for s in self._sessions if s.pgconn.transaction_status == ACTIVE and s.handle]
         if not active:
             return
         until = monotonic() + CANCEL_GRACE
@@ -770,31 +779,30 @@ class BoundPool(AsyncConnectionPool[ACT]):
             await asyncio.sleep(0.005)
 
     def _revoke(self, session: Session) -> None:
-        """Take a connection from its holder and close its session."""
+        """Take a connection from whoever uses it and end its session."""
         handle, pgconn = session.handle, session.pgconn
         session.checkout = None
-        if handle is None or pgconn.status == BAD:
-            return
-        handle._lost_work = pgconn.transaction_status != IDLE
-        if handle.lock.locked():
-            # Its task is at work on the socket. Closing it would free the descriptor under the
-            # event loop's feet; shut down, it reads as closed by the server.
+        if handle is not None and pgconn.status != BAD:
+            handle._lost_work = pgconn.transaction_status != IDLE
+        if _at_work(session):
+            # Closing the socket would free its descriptor under the event loop's feet; shut
+            # down, it reads as closed by the server.
             _shut_down(pgconn.socket)
         else:
             pgconn.finish()
-        revoke(handle)
+        if handle is not None and not isinstance(handle, RetiredConnection):
+            revoke(handle)
 
     def _end_life(self) -> list[asyncio.Task[None]]:
-        """Close what is left and stop the tasks, which are returned. Synchronous."""
+        """Take everything back and stop the tasks, which are returned. Synchronous."""
         idle, tasks = _compat.end_life(self)
+        tasks += self._returning
         for task in tasks:
             task.cancel()
         for conn in idle:
             conn.pgconn.finish()
         for session in self._sessions:
-            handle = session.handle
-            if handle is None or not isinstance(handle, RevokedConnection):
-                session.pgconn.finish()
+            self._revoke(session)
         return tasks
 
     async def _settle(self, tasks: Iterable[asyncio.Task[None]]) -> asyncio.CancelledError | None:
@@ -952,6 +960,12 @@ class _Autocommit(AbstractAsyncContextManager[None]):
 
 # What forked children inherited and must neither use nor finalise.
 _inherited: list[object] = []
+
+
+def _at_work(session: Session) -> bool:
+    """Tell whether a task is at work on the socket of *session*, so that the loop watches it."""
+    handle = session.handle
+    return handle is not None and session.pgconn.status != BAD and handle.at_work
 
 
 def _shut_down(fileno: int) -> None:

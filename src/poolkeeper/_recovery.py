@@ -14,6 +14,8 @@ import re
 
 import psycopg
 
+from .errors import PoolkeeperError
+
 _PERMANENT = re.compile(
     r"""
     password\ authentication\ failed
@@ -66,7 +68,8 @@ def is_permanent(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """Return the server's own words from a connect error, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    said = str(error.args[0]) if isinstance(error, PoolkeeperError) else str(error)
+    text = " ".join(said.split()) or type(error).__name__
     _, fatal, after = text.rpartition("FATAL: ")
     return after.strip() if fatal else text
 
@@ -103,7 +106,10 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "Check that the server runs and listens at this host and port.",
         ),
         ("timeout expired|timed out", "Check host and port, and what stands between."),
-        ("invalid connection option|configure callback", "Correct the program: it cannot pass."),
+        (
+            "invalid connection option|configure callback|^(conninfo|kwargs) ",
+            "Correct the program: it cannot pass.",
+        ),
     )
 )
 
