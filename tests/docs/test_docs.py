@@ -1,0 +1,126 @@
+"""What README.md and docs/ show is what happens."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+from psycopg.conninfo import make_conninfo
+
+import poolkeeper
+from tests.docs.blocks import Example, blocks, examples, normal
+from tests.support.server import admin
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [example for page in PAGES for example in examples(page)]
+
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+_ANCHOR = re.compile(r'<a id="([^"]+)"></a>')
+_LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+_SEE = re.compile(r"""\bsee\(["']([\w-]+)["']\)""")
+
+
+def where(example: Example) -> str:
+    return f"{example.code.path.name}:{example.code.line}"
+
+
+@pytest.fixture(scope="module")
+def docs_dsn(dsn: str) -> Iterator[str]:
+    """A database of the examples' own, for they make tables."""
+    admin(dsn, "create database poolkeeper_docs")
+    if "://" in dsn:
+        yield urlunsplit(urlsplit(dsn)._replace(path="/poolkeeper_docs"))
+    else:
+        yield make_conninfo(dsn, dbname="poolkeeper_docs")
+    admin(dsn, "drop database poolkeeper_docs with (force)")
+
+
+def test_there_are_examples_to_run() -> None:
+    assert {example.code.path.name for example in EXAMPLES} >= {
+        "README.md", "quickstart.md", "errors.md", "semantics.md",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=where)
+def test_an_example_does_what_the_text_says(
+    example: Example, docs_dsn: str, tmp_path: Path
+) -> None:
+    admin(docs_dsn, "drop schema if exists public cascade")
+    admin(docs_dsn, "create schema public")
+    admin(docs_dsn, "create table accounts (id int primary key, balance int not null)")
+    admin(docs_dsn, "insert into accounts select id, 100 from generate_series(1, 9) as id")
+    ended = example.run(tmp_path, docs_dsn)
+    expected = normal(example.output.body) if example.output else ""
+    fails = bool(re.search(r"\w(Error|Timeout): ", expected))
+    assert bool(ended.returncode) == fails, ended.stdout
+    if expected:
+        assert normal(ended.stdout).endswith(expected), ended.stdout
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can point to, as GitHub and MyST name it."""
+    text = page.read_text()
+    for block in blocks(page):
+        text = text.replace(block.body, "")
+    headings = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in _HEADING.findall(text)
+    }
+    return headings | set(_ANCHOR.findall(text))
+
+
+def test_every_error_that_points_to_the_docs_finds_its_paragraph_there() -> None:
+    used = {
+        anchor
+        for path in Path(poolkeeper.__file__).parent.rglob("*.py")
+        for anchor in _SEE.findall(path.read_text())
+    }
+    assert used
+    assert set(_ANCHOR.findall((ROOT / "docs" / "errors.md").read_text())) == used
+
+
+def test_every_error_and_warning_has_its_place_in_the_docs() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    public = [name for name in poolkeeper.errors.__all__ if f"`{name}`" not in text]
+    assert not public
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    for link in _LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {link}"
+
+
+def imported(module: Path) -> set[str]:
+    """What a module takes from its own package."""
+    nodes = [n for n in ast.walk(ast.parse(module.read_text())) if isinstance(n, ast.ImportFrom)]
+    inside = [node for node in nodes if node.level]
+    return {str(n.module) for n in inside if n.module} | {
+        alias.name for n in inside if not n.module for alias in n.names
+    }
+
+
+def test_the_architecture_page_names_every_module_and_imports_point_upwards_in_its_list() -> None:
+    package = Path(poolkeeper.__file__).parent
+    (listed,) = (b.body for b in blocks(ROOT / "docs" / "architecture.md") if not b.language)
+    order = re.findall(r"^  (\w+)(?:\.py|/)", listed, re.MULTILINE)
+    present = {
+        path.stem for path in package.iterdir() if path.name not in ("__pycache__", "py.typed")
+    }
+    assert set(order) == present
+    assert order[0] == "__init__"  # at the top because that is where readers begin
+    for place, name in enumerate(order[1:], 1):
+        if (package / f"{name}.py").exists():
+            below = imported(package / f"{name}.py") & set(order[place:])
+            assert not below, f"{name} imports {below}"
