@@ -18,6 +18,9 @@ from .errors import LoopMismatchError, see
 
 _bindings: weakref.WeakSet[LoopBinding] = weakref.WeakSet()
 
+inherited: list[object] = []
+"""What this process, forked, got from its parent and must neither use nor finalise."""
+
 
 class LoopBinding:
     """
@@ -27,7 +30,10 @@ class LoopBinding:
     loop (its `id()`) may be given to the next one.
     """
 
-    __slots__ = ("__weakref__", "_forked", "_loop", "name", "opened")
+    __slots__ = ("__weakref__", "_forked", "_loop", "name", "opened", "pool")
+
+    pool: weakref.ref[object] | None
+    """The pool, which a forked child must not finalise."""
 
     def __init__(self, name: str) -> None:
         """
@@ -42,6 +48,7 @@ class LoopBinding:
         self.name = name
         self.opened = Place.here()
         self._forked = False
+        self.pool = None
         loop = running_loop()
         if loop is None:
             raise LoopMismatchError(
@@ -144,6 +151,8 @@ class LoopBinding:
     def _after_fork_in_child(self) -> None:
         self._forked = True
         self._loop = _never
+        if self.pool is not None:
+            inherited.append(self.pool())
 
 
 class _Never:

@@ -255,6 +255,8 @@ class PoolManager(Generic[ACT_co]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc_type is not None and self._pool.inherited:
+            return  # the block is the parent's; the child ends with its own error
         await self.close()
 
     def __del__(self, _warn: Any = warnings.warn) -> None:

@@ -31,7 +31,7 @@ from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
 from . import _compat, _recovery
-from ._binding import LoopBinding
+from ._binding import LoopBinding, inherited
 from ._checkouts import Checkout, Line, Waiter
 from ._connection import (
     BoundConnection,
@@ -148,6 +148,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._binding is not None and self._binding.is_here()
 
     @property
+    def inherited(self) -> bool:
+        """True if a parent process opened the pool."""
+        return self._binding is not None and self._binding.forked
+
+    @property
     def opened(self) -> Place | None:
         """Where the pool was opened last."""
         return self._binding.opened if self._binding else None
@@ -232,6 +237,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             _compat.begin_life(self, self._line, self._settings)
         self._forget_life()
         self._binding = binding
+        binding.pool = weakref.ref(self)
         self.connection_class = cast(
             "type[ACT]", bound_class(cast(Any, self._user_class), self, binding)
         )
@@ -844,7 +850,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         for task in tasks:
             _compat.forget_task(task)
         if self._binding.forked:
-            _inherited.append(
+            inherited.append(
                 (sessions, tasks, self._line, self.connection_class, vars(self).copy())
             )
         else:
@@ -931,6 +937,8 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
     ) -> None:
         conn: Any = self._conn
         pool = self._pool
+        if exc_type is not None and conn._binding.forked:
+            return  # the block is the parent's; the child ends with its own error
         try:
             if isinstance(conn, RevokedConnection):
                 if exc_type is None and vars(conn).get("_lost_work"):
@@ -956,10 +964,6 @@ class _Autocommit(AbstractAsyncContextManager[None]):
     async def __aexit__(self, *exc_info: object) -> None:
         if not self._was and not self._conn.closed:
             await self._conn.set_autocommit(False)
-
-
-# What forked children inherited and must neither use nor finalise.
-_inherited: list[object] = []
 
 
 def _at_work(session: Session) -> bool:
