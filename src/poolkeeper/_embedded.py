@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,20 +44,19 @@ class EmbeddedServer:
     def __init__(
         self, settings: dict[str, Any] | None = None, hba: Iterable[str] | None = None
     ) -> None:
-        programs = _programs()
-        self.directory = Path(tempfile.mkdtemp(prefix="poolkeeper-"))
+        self._programs = _programs()
         self.port = free_port()
         self.running = False
         self._user: str | None = None
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            self._user = _SYSTEM_USER
-            shutil.chown(self.directory, _SYSTEM_USER)
-            if not _open_to_all(programs):
-                # Below /root, say: take a copy rather than open a directory up.
-                programs = _copy(programs, self.directory)
-        self._programs = programs
-        self._data = self.directory / "data"
+        self.directory = Path(tempfile.mkdtemp(prefix="poolkeeper-"))
         try:
+            self._data = self.directory / "data"
+            if hasattr(os, "geteuid") and os.geteuid() == 0:
+                self._user = _SYSTEM_USER
+                shutil.chown(self.directory, _SYSTEM_USER)
+                if not _open_to_all(self._programs):
+                    # Below /root, say: take a copy rather than open a directory up.
+                    self._programs = _copy(self._programs, self.directory)
             self._run(
                 "initdb", "--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync"
             )
@@ -115,13 +115,20 @@ class EmbeddedServer:
         return (self._data / "server.log").read_text(errors="replace")
 
     def close(self) -> None:
-        """Stop the server and delete its data."""
+        """Stop the server, one whose start was interrupted too, and delete its data."""
         if self.running:
             self.stop("immediate")
+        elif (self._data / "postmaster.pid").exists():
+            with suppress(RuntimeError):  # not running: it left the file when it crashed
+                self.stop("immediate")
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -134,16 +141,23 @@ class EmbeddedServer:
 
     def _run(self, program: str, *arguments: str) -> None:
         with tempfile.TemporaryFile("w+") as output:  # a pipe would be held open by the server
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [self._programs / program, *arguments, "-D", self._data],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.directory,
                 user=self._user,
-                check=False,
+                start_new_session=True,  # Ctrl-C is for us to handle
             )
-            if done.returncode:
+            try:
+                process.wait()
+            except BaseException:
+                # Let it finish, it takes a second: half-way, it has started what nobody could
+                # stop, and what still writes to the directory that is to be deleted.
+                process.wait()
+                raise
+            if process.returncode:
                 output.seek(0)
                 log = self.log() if (self._data / "server.log").exists() else ""
                 raise RuntimeError(f"{program} failed:\n{output.read()}{log[-2000:]}")
