@@ -161,6 +161,11 @@ class BoundConnection(AsyncConnection[Any]):
             raise self._binding.mismatch("used to cancel a query")
         await super().cancel_safe(timeout=timeout)
 
+    @property
+    def at_work(self) -> bool:
+        """True while a task is at work on the connection."""
+        return cast(asyncio.Lock, vars(self)["lock"]).locked()
+
 
 class RetiredConnection(BoundConnection):
     """
@@ -233,7 +238,16 @@ class ReleasedConnection(RetiredConnection):
 
 
 class RevokedConnection(RetiredConnection):
-    """A handle whose session was closed by the pool while it was checked out."""
+    """A handle whose session was closed by the pool while it was in use."""
+
+    @property
+    def pgconn(self) -> Any:  # type: ignore[override]  # pyright: ignore
+        # What was under way looks at it on its way out. It is closed, or about to be.
+        return vars(self)["pgconn"]
+
+    @override
+    async def close(self) -> None:
+        pass  # it is closed
 
     @override
     def refusal(self, doing: str) -> ClosedError:

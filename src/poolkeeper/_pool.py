@@ -603,7 +603,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         session.checkout = None
         _compat.set_owner(conn, None)
         retire(conn)
-        # Not closed: see _revoke().
+        # Not closed: see _end_session().
         _shut_down(session.pgconn.socket)
         _compat.count(self, self._RETURNS_BAD)
         if not self.closed:
@@ -732,11 +732,17 @@ class BoundPool(AsyncConnectionPool[ACT]):
         late = [
             f"{checkout}, held for {checkout.held_seconds:.1f} s" for checkout in self.checkouts()
         ]
-        try:
-            await self._stop_queries()
-        except asyncio.CancelledError as ex:
-            interruption = ex
-        interruption = await self._settle(self._end_life()) or interruption
+        tasks = self._stop_tasks()
+        if self._is_active():
+            # In a task, so that no cancellation leaves the server at work.
+            stopping = asyncio.create_task(self._stop_queries(), name=f"{self.name}-close")
+            interruption = await self._settle([stopping]) or interruption
+        for session in self._sessions:
+            self._revoke(session)
+            self._end_session(session)
+        for task in tasks:
+            task.cancel()  # once more: psycopg may still be trying to stop a query of its own
+        interruption = await self._settle(tasks) or interruption
         for session in self._sessions:
             if not _at_work(session):
                 session.pgconn.finish()
@@ -767,59 +773,69 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     async def _stop_queries(self) -> None:
         """
-        Cancel what runs, in callbacks too, and give the server a moment to stop it.
+        Cancel what runs and give the server a moment to stop it.
 
         A server does not look for a client that is gone before it has something to send: what
-        is not cancelled goes on, and keeps its session.
+        is not cancelled goes on, and keeps its session. What a task of ours was running (a
+        callback's query), psycopg cancels when the task is cancelled.
         """
-        active = [s for s in self._sessions if s.pgconn.transaction_status == ACTIVE and s.handle]
-        if not active:
-            return
+        held = [s for s in self._sessions if s.checkout is not None and s.handle is not None]
+        active = [s for s in held if s.pgconn.transaction_status == ACTIVE]
         until = monotonic() + CANCEL_GRACE
-        cancels = [cast(Any, s.handle).cancel_safe(timeout=CANCEL_GRACE) for s in active]
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CANCEL_GRACE):
-                await asyncio.gather(*cancels, return_exceptions=True)
+        cancelling = asyncio.gather(
+            *(cast(Any, s.handle).cancel_safe(timeout=CANCEL_GRACE) for s in active),
+            return_exceptions=True,
+        )
+        # Their holders may be ready to try again: no more queries from here on. Not earlier,
+        # since to cancel what runs on a connection that is revoked does nothing.
+        for session in held:
+            asyncio.get_running_loop().call_soon(self._revoke, session)
+        await asyncio.wait({cancelling}, timeout=CANCEL_GRACE)
         # libpq has no event for it: the task of the query reads the answer.
-        while monotonic() < until and any(s.pgconn.transaction_status == ACTIVE for s in active):  # noqa: ASYNC110
+        while monotonic() < until and self._is_active():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
+    def _is_active(self) -> bool:
+        """Tell whether a query runs on any session."""
+        return any(s.pgconn.transaction_status == ACTIVE for s in self._sessions)
+
     def _revoke(self, session: Session) -> None:
-        """Take a connection from whoever uses it and end its session."""
+        """Take a connection from whoever uses it."""
         handle, pgconn = session.handle, session.pgconn
         session.checkout = None
-        if handle is not None and pgconn.status != BAD:
+        if handle is None or isinstance(handle, RetiredConnection):
+            return
+        if pgconn.status != BAD:
             handle._lost_work = pgconn.transaction_status != IDLE
+        revoke(handle)
+
+    def _end_session(self, session: Session) -> None:
         if _at_work(session):
             # Closing the socket would free its descriptor under the event loop's feet; shut
             # down, it reads as closed by the server.
-            _shut_down(pgconn.socket)
+            _shut_down(session.pgconn.socket)
         else:
-            pgconn.finish()
-        if handle is not None and not isinstance(handle, RetiredConnection):
-            revoke(handle)
+            session.pgconn.finish()
 
-    def _end_life(self) -> list[asyncio.Task[None]]:
-        """Take everything back and stop the tasks, which are returned. Synchronous."""
+    def _stop_tasks(self) -> list[asyncio.Task[None]]:
+        """Stop the tasks of this life, which are returned, and close what is idle. Synchronous."""
         idle, tasks = _compat.end_life(self)
         tasks += self._returning
         for task in tasks:
             task.cancel()
         for conn in idle:
             conn.pgconn.finish()
-        for session in self._sessions:
-            self._revoke(session)
         return tasks
 
     async def _settle(self, tasks: Iterable[asyncio.Task[None]]) -> asyncio.CancelledError | None:
         """
         Wait until *tasks*, which were told to stop, have; return a cancellation met meanwhile.
 
-        They have no I/O left that could keep them, so this takes a few turns of the loop.
+        None of them can take longer than `CANCEL_GRACE`, but for callbacks of the user's.
         """
         interruption: asyncio.CancelledError | None = None
         pending: set[asyncio.Task[None]] = {task for task in tasks if not task.done()}
-        until = monotonic() + CANCEL_GRACE
+        until = monotonic() + 2 * CANCEL_GRACE
         while pending and (remaining := until - monotonic()) > 0:
             try:
                 _, pending = await asyncio.wait(pending, timeout=remaining)

@@ -99,6 +99,8 @@ class FaultProxy:
 
     async def _shut(self) -> None:
         self._server.close()
+        for _ in range(5):  # asyncio leaks a socket whose accept is cancelled before it began
+            await asyncio.sleep(0)
         await self._cut()
         current = asyncio.current_task()
         rest = [task for task in asyncio.all_tasks() if task is not current]
