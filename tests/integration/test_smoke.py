@@ -1,2 +1,0 @@
-async def test_a_row(db):
-    assert await db.fetchval("select 42") == 42
