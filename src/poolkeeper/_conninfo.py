@@ -57,9 +57,11 @@ def parse(conninfo: str, **kwargs: Any) -> dict[str, Any]:
     """
     try:
         params = dict(conninfo_to_dict(conninfo, **kwargs))
-    except psycopg.Error as ex:
+    except (psycopg.Error, UnicodeError) as ex:
+        # UnicodeError: a %-escape that is no UTF-8. It holds the whole string.
         parameter = "conninfo"
-        fault = "is not a connection string that libpq can read: " + _safe_words(str(ex), conninfo)
+        why = "not UTF-8" if isinstance(ex, UnicodeError) else _safe_words(str(ex), conninfo)
+        fault = f"is not a connection string that libpq can read: {why}"
     else:
         name, what = _fault(params)
         if not name:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, ove
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.abc import ConnParam, Params, Query
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
@@ -132,6 +132,7 @@ class PoolManager(Generic[ACT_co]):
             max_size = min_size
         _require_integer(max_size=(max_size, max(1, min_size)))
         _require_text(name=name, application_name=application_name)
+        _require_flag(close_returns=close_returns)
         user_class = _connection_class(connection_class)
         if isinstance(conninfo, str):
             conninfo = _conninfo.normalise(conninfo)
@@ -610,6 +611,12 @@ def _require_text(**texts: object) -> None:
             raise _bad(parameter, value, "a string or None")
 
 
+def _require_flag(**flags: object) -> None:
+    for parameter, value in flags.items():
+        if not isinstance(value, bool):
+            raise _bad(parameter, value, "True or False")
+
+
 def _connection_class(given: object) -> type[AsyncConnection[Any]]:
     # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
     user_class = AsyncConnection if given is None else get_origin(given) or given
@@ -656,7 +663,12 @@ def _server(
     libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
     for name in libpq:
         try:
-            conninfo_to_dict("", **{name: "1"})
-        except psycopg.Error:
-            raise _bad("kwargs", f"{{{name!r}: …}}", "parameters of connect()") from None
+            make_conninfo("", **{name: "1"})
+        except (psycopg.Error, TypeError):  # TypeError: conninfo=, or a name that is no string
+            raise ConfigError(
+                f"kwargs cannot hold {name!r}",
+                parameter="kwargs",
+                detail="It takes parameters of connect().",
+                hint=see("config"),
+            ) from None
     return _conninfo.server_key(_conninfo.parse(conninfo, **libpq))
