@@ -1,0 +1,149 @@
+"""Every error and warning: what it can be caught as, how it reads, and that it travels."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import psycopg
+import psycopg_pool
+import pytest
+
+import poolkeeper
+from poolkeeper import errors
+from poolkeeper.errors import (
+    AcquireTimeout,
+    ClosedError,
+    ConfigError,
+    DuplicatePoolWarning,
+    LoopMismatchError,
+    MissingDependencyError,
+    NotOpenError,
+    OpenError,
+    PoolkeeperError,
+    ReleasedConnectionError,
+    TooManyWaitersError,
+    UnclosedManagerWarning,
+)
+
+BASES = {
+    PoolkeeperError: (Exception,),
+    ConfigError: (PoolkeeperError, ValueError),
+    LoopMismatchError: (PoolkeeperError, RuntimeError),
+    NotOpenError: (PoolkeeperError, psycopg_pool.PoolClosed),
+    ClosedError: (PoolkeeperError, psycopg_pool.PoolClosed),
+    OpenError: (PoolkeeperError, psycopg.OperationalError),
+    AcquireTimeout: (PoolkeeperError, psycopg_pool.PoolTimeout),
+    TooManyWaitersError: (PoolkeeperError, psycopg_pool.TooManyRequests),
+    ReleasedConnectionError: (PoolkeeperError, psycopg.InterfaceError),
+    MissingDependencyError: (PoolkeeperError, ImportError),
+    UnclosedManagerWarning: (ResourceWarning,),
+    DuplicatePoolWarning: (UserWarning,),
+}
+
+ERRORS = [cls for cls in BASES if issubclass(cls, PoolkeeperError)]
+each_error = pytest.mark.parametrize("cls", ERRORS, ids=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
+def test_a_class_has_exactly_these_bases(cls: type[Exception]) -> None:
+    assert cls.__bases__ == BASES[cls]
+
+
+def test_every_class_of_the_module_is_in_the_table_and_exported() -> None:
+    classes = {
+        cls
+        for _, cls in inspect.getmembers(errors, inspect.isclass)
+        if cls.__module__ == errors.__name__
+    }
+    assert classes == set(BASES)
+    names = {cls.__name__ for cls in classes}
+    assert set(errors.__all__) == names
+    assert names <= set(poolkeeper.__all__)
+    assert all(getattr(poolkeeper, name) is getattr(errors, name) for name in names)
+
+
+def test_what_the_package_exports_is_there() -> None:
+    assert [name for name in poolkeeper.__all__ if not hasattr(poolkeeper, name)] == []
+    assert len(set(poolkeeper.__all__)) == len(poolkeeper.__all__)
+
+
+@pytest.mark.parametrize(
+    ("cls", "caught_as"),
+    [
+        (OpenError, psycopg.Error),
+        (AcquireTimeout, psycopg.OperationalError),
+        (NotOpenError, psycopg.OperationalError),
+        (ReleasedConnectionError, psycopg.Error),
+        (MissingDependencyError, ImportError),
+        (UnclosedManagerWarning, Warning),
+    ],
+)
+def test_existing_code_catches_it(cls: type[Exception], caught_as: type[Exception]) -> None:
+    with pytest.raises(caught_as):
+        raise cls("x")
+
+
+@each_error
+def test_a_message_stands_alone(cls: type[PoolkeeperError]) -> None:
+    error = cls('pool "orders" is closed')
+    assert str(error) == 'pool "orders" is closed'
+    assert error.detail is None
+    assert error.hint is None
+
+
+@each_error
+def test_detail_and_hint_follow_on_lines_of_their_own(cls: type[PoolkeeperError]) -> None:
+    error = cls('pool "orders" is closed', detail="Opened at app.py:1.", hint="Open it.")
+    assert str(error) == ('pool "orders" is closed\nDETAIL:  Opened at app.py:1.\nHINT:  Open it.')
+    assert str(cls("a", detail="b")) == "a\nDETAIL:  b"
+    assert str(cls("a", hint="c")) == "a\nHINT:  c"
+
+
+@each_error
+def test_a_traceback_shows_the_whole_text(cls: type[PoolkeeperError]) -> None:
+    import traceback
+
+    shown = "".join(traceback.format_exception_only(cls("a", detail="b", hint="c")))
+    assert shown.endswith(f"errors.{cls.__name__}: a\nDETAIL:  b\nHINT:  c\n")
+
+
+@each_error
+def test_it_can_be_made_without_a_message(cls: type[PoolkeeperError]) -> None:
+    assert str(cls()) == ""
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@each_error
+def test_a_pickle_keeps_everything(cls: type[PoolkeeperError], protocol: int) -> None:
+    _same(cls, lambda error: pickle.loads(pickle.dumps(error, protocol)))
+
+
+@each_error
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_keeps_everything(cls: type[PoolkeeperError], copied: Any) -> None:
+    _same(cls, copied)
+
+
+def _same(cls: type[PoolkeeperError], travel: Any) -> None:
+    fields: dict[str, Any] = {"detail": "Facts.", "hint": "Advice."}
+    if cls is ConfigError:
+        fields["parameter"] = "max_size"
+    error = cls("what happened", **fields)
+    other = travel(error)
+    assert type(other) is cls
+    assert other is not error
+    assert str(other) == str(error) == "what happened\nDETAIL:  Facts.\nHINT:  Advice."
+    assert other.args == ("what happened",)
+    assert {name: getattr(other, name) for name in fields} == fields
+
+
+def test_a_config_error_names_the_parameter() -> None:
+    assert ConfigError("x", parameter="name").parameter == "name"
+    assert ConfigError("x").parameter is None
+
+
+def test_a_hint_sends_to_the_docs() -> None:
+    assert errors.see("closed") == "See https://poolkeeper.readthedocs.io/errors#closed"
