@@ -18,7 +18,7 @@ from .errors import PoolkeeperError
 
 _PERMANENT = re.compile(
     r"""
-    password\ authentication\ failed
+    (?:password|SASL)\ authentication\ failed    # SASL: pgbouncer
     | authentication\ failed\ for\ user            # ident, peer, ldap, gss ...
     | role\ ".*"\ does\ not\ exist
     | database\ ".*"\ does\ not\ exist
@@ -35,6 +35,7 @@ _PERMANENT = re.compile(
     | invalid\ value\ for\ parameter
     | server\ does\ not\ support\ SSL
     | certificate\ verify\ failed
+    | requires\ a\ valid\ client\ certificate
     | does\ not\ match\ host\ name                 # server certificate
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -83,7 +84,8 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r'role ".*" does not exist|no such user', "Check the user in conninfo, or create it."),
         (
-            r'database ".*" does not exist|no such database|permission denied for database',
+            r'database ".*" does not exist|no such database|permission denied for database'
+            "|is not currently accepting connections",
             "Check the database in conninfo, and that the user may connect to it.",
         ),
         ("pg_hba", "Let the server's pg_hba.conf accept this user, database and address."),
@@ -93,12 +95,12 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         ("SSL|certificate", "Check sslmode and the certificates on both sides."),
         (
-            "too many (clients|connections)|connection slots|connection limit",
+            "too many (clients|connections)|connection slots|no more connections",
             "The server has no connection left for us: lower max_size times the number of"
             " processes, or raise its max_connections.",
         ),
         (
-            "starting up|shutting down|recovery|not yet accepting",
+            "starting up|shutting down|recovery|not (yet )?accepting",
             "The server is not ready; give open() more time.",
         ),
         (
