@@ -365,6 +365,21 @@ class Session:
         """True if every reported parameter is as it was. Costs no round trip."""
         return tuple(map(self.pgconn.parameter_status, REPORTED_PARAMETERS)) == self._parameters
 
+    @staticmethod
+    def forget_prepared(conn: BoundConnection) -> None:
+        """
+        Forget the prepared statements of the session: the server has, by DISCARD ALL.
+
+        psycopg 3.3 looks for that command only the first time that it runs it.
+        """
+        conn._prepared.clear()
+        conn._prepared._to_flush.clear()
+
+    def forget_added_handlers(self, conn: BoundConnection) -> None:
+        """Take away the handlers that ``configure``, run again, added a second time."""
+        conn._notice_handlers = list(self._notice_handlers)
+        conn._notify_handlers = list(self._notify_handlers)
+
     def successor(self, conn: BoundConnection) -> BoundConnection:
         """
         Retire *conn*, which was given back, and return the next handle of the session.

@@ -655,9 +655,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
             await self._user_reset(conn)
             return
         async with _Autocommit(conn):
-            await conn.execute("DISCARD ALL")
+            await conn.execute("DISCARD ALL", prepare=False)
+        session.forget_prepared(conn)
         if self._user_configure is not None:
             await self._user_configure(conn)
+            session.forget_added_handlers(conn)
 
     async def _restore(self, conn: Any, changed: list[tuple[bytes, bytes | None]]) -> None:
         names = [name.decode() for name, _ in changed]
