@@ -67,10 +67,13 @@ async def run(dsn: str, schema: str) -> Books:
     async with db:
         await _set_up(db)
         done = asyncio.Event()
-        readers = [asyncio.create_task(_look(db, books, done)) for _ in range(READERS)]
-        await asyncio.gather(*(_move_money(db, books, seed) for seed in range(WRITERS)))
-        done.set()
-        await asyncio.gather(*readers)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(READERS):
+                group.create_task(_look(db, books, done))
+            async with asyncio.TaskGroup() as writers:
+                for seed in range(WRITERS):
+                    writers.create_task(_move_money(db, books, seed))
+            done.set()
         await _balance(db, books)
     books.seconds = monotonic() - begin
     return books

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
 import platform
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psycopg
 import psycopg_pool
@@ -32,7 +31,7 @@ from .narration import Narrator, markdown_table
 from .programs import Programs, Run
 
 ROLE = "poolkeeper_demo_clerk"  # has a password, on a server of our own
-AT_A_TIME = 4
+AT_A_TIME = 6  # most of them only wait
 HEAD = ("mistake", "bare pool", "poolkeeper")
 
 
@@ -61,16 +60,17 @@ def show(dsn: str | None, markdown: Path | None) -> int:
     """
     begin = time.monotonic()
     logging.getLogger("psycopg.pool").addHandler(logging.NullHandler())
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a server's messages may be in any language
-    narrator = Narrator(sys.stdout)
+    stdout: TextIO = sys.stdout
+    if reconfigure := getattr(stdout, "reconfigure", None):
+        reconfigure(errors="replace")  # a server's messages may be in any language
+    narrator = Narrator(stdout)
     try:
         with ExitStack() as cleanup:
             cleanup.enter_context(_ended_by_signals())
             return _show(narrator, dsn, markdown, begin, cleanup)
     except BrokenPipeError:
         # The reader has seen enough. What Python still wants to flush goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return 1
     except CannotShow as error:
         print(error, file=sys.stderr)
@@ -117,17 +117,30 @@ def _verdict(rows: list[tuple[str, str, str]], broken: list[str]) -> str:
 # --- the server ---------------------------------------------------------------------------------
 
 
+_TO_END = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)
+]
+
+
 @contextmanager
 def _ended_by_signals() -> Generator[None, None, None]:
     """Let SIGTERM and SIGHUP end the demo as Ctrl-C does: cleaned up."""
+    received: list[int] = []
 
-    def end(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
+    def end(number: int, frame: Any) -> None:
+        received.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)  # asyncio.run() has one of its own: it cancels main()
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, end) for number in numbers}
+    before = {number: signal.signal(number, end) for number in _TO_END if number != signal.SIGINT}
     try:
         yield
+    except KeyboardInterrupt:
+        if received:
+            raise SystemExit(128 + received[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -136,11 +149,12 @@ def _ended_by_signals() -> Generator[None, None, None]:
 @contextmanager
 def _undisturbed() -> Generator[None, None, None]:
     """Finish a clean-up although Ctrl-C is pressed again."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _TO_END}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -319,8 +333,8 @@ def _document(
         "# What each mistake does, without and with poolkeeper",
         "Made by `poolkeeper demo --markdown FILE`, which runs each program twice, with"
         " psycopg_pool's `AsyncConnectionPool` (the bare pool) and with `PoolManager`, and writes"
-        " down what happened. Nothing below is written by hand. Numbers differ from run to run, those of"
-        " the races (fork, loops in threads, cancellation) most of all.",
+        " down what happened. Nothing below is written by hand. Numbers differ from run to run,"
+        " those of the races most of all (fork, loops in threads, cancellation).",
         f"poolkeeper {__version__}, psycopg {psycopg.__version__},"
         f" psycopg_pool {psycopg_pool.__version__}, Python {platform.python_version()},"
         f" PostgreSQL {place.version}. Timeouts are 1 s where psycopg_pool's default is 30 s;"
