@@ -1,0 +1,571 @@
+"""
+The internals that poolkeeper stands on, looked at on psycopg_pool's own pools.
+
+A test here fails when a release of psycopg or psycopg_pool takes one of them away, or gives it
+another meaning; `_compat` and `_connection` then have to follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from time import monotonic
+from typing import Any
+
+import psycopg
+import psycopg_pool
+import pytest
+from psycopg import AsyncConnection, pq
+from psycopg._connection_base import BaseConnection
+from psycopg_pool import AsyncConnectionPool, PoolClosed
+from psycopg_pool._acompat import AEvent
+from psycopg_pool.pool_async import AddConnection, StopWorker
+
+from poolkeeper import _compat
+from poolkeeper._checkouts import Line, Waiter
+
+BarePool = AsyncConnectionPool[Any]
+
+
+@pytest.fixture
+async def pool(dsn: str) -> AsyncIterator[BarePool]:
+    """A pool of psycopg_pool's own: two connections, at most three."""
+    async with AsyncConnectionPool(dsn, min_size=2, max_size=3, open=False) as pool:
+        await pool.wait()
+        yield pool
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=10)
+
+
+# --- one life of a pool --------------------------------------------------------------------
+
+
+def test_a_pool_that_was_never_opened_has_the_state_we_know() -> None:
+    pool = AsyncConnectionPool("", min_size=2, max_size=3, open=False)
+    state = vars(pool)
+    assert (state["_closed"], state["_opened"], state["_growing"]) == (True, False, False)
+    assert (state["_workers"], state["_sched_runner"]) == ([], None)
+    assert (state["_nconns"], state["_nconns_min"], state["_drained_at"]) == (2, 2, 0.0)
+    assert type(state["_pool"]) is type(state["_waiting"]) is deque
+    assert type(state["_stats"]) is Counter
+    assert "_lock" not in state
+    assert not {"_tasks", "_sched"} & state.keys()
+
+
+def test_a_constructor_leaves_no_attribute_out_of_a_new_life() -> None:
+    """So running it again is a new life."""
+    pool = AsyncConnectionPool("", open=False)
+    names = set(vars(pool))
+    for name in names:
+        setattr(pool, name, "of the last life")
+    _compat.begin_life(pool, Line(), {"conninfo": ""})
+    assert set(vars(pool)) == names
+    assert "of the last life" not in vars(pool).values()
+
+
+async def test_a_pool_opens_again_only_after_begin_life(dsn: str) -> None:
+    settings = {"conninfo": dsn, "min_size": 1, "name": "again"}
+    pool = AsyncConnectionPool(open=False, **settings)  # type: ignore[arg-type]
+    for _ in range(2):
+        await pool.open(wait=True)
+        assert isinstance(vars(pool)["_lock"], asyncio.Lock)
+        await pool.close()
+        with pytest.raises(PoolClosed):
+            await pool.open()
+        line = Line()
+        _compat.begin_life(pool, line, settings)
+        assert pool._waiting is line
+        assert pool.closed
+        assert pool.name == "again"
+        assert "_lock" not in vars(pool)
+
+
+async def test_a_pool_serves_the_waiters_of_our_line_in_turn(dsn: str) -> None:
+    pool = AsyncConnectionPool(dsn, min_size=1, open=False)
+    line = Line()
+    _compat.begin_life(pool, line, {"conninfo": dsn, "min_size": 1, "max_size": 1})
+    gone, first, second = (Waiter(asyncio.get_running_loop()) for _ in range(3))
+    for waiter in (gone, first, second):
+        line.append(waiter)
+    gone.future.cancel()
+    await pool.open()
+    try:
+        conn = await asyncio.wait_for(asyncio.shield(first.future), 10)
+        assert list(line) == [second]
+        _compat.set_owner(conn, pool)
+        await pool.putconn(conn)
+        assert second.future.result() is conn
+        _compat.set_owner(conn, pool)
+        await pool.putconn(conn)
+        assert list(_compat.idle(pool)) == [conn]
+    finally:
+        await pool.close()
+
+
+async def test_a_pool_that_closes_fails_the_waiters_of_our_line(dsn: str) -> None:
+    pool = AsyncConnectionPool(dsn, min_size=0, max_size=1, open=False)
+    line = Line()
+    _compat.begin_life(pool, line, {"conninfo": dsn, "min_size": 0, "max_size": 1})
+    await pool.open()
+    waiter = Waiter(asyncio.get_running_loop())
+    line.append(waiter)
+    await pool.close()
+    assert isinstance(waiter.future.exception(), PoolClosed)
+    assert not line
+
+
+async def test_end_life_gives_the_connections_and_every_task_away(pool: BarePool) -> None:
+    before = set(_compat.idle(pool))
+    connections, tasks = _compat.end_life(pool)
+    try:
+        assert set(connections) == before
+        assert len(before) == 2
+        assert len(tasks) == pool.num_workers + 1
+        ours = {task for task in asyncio.all_tasks() if task.get_name().startswith(pool.name)}
+        assert set(tasks) == ours
+        assert pool.closed
+        assert not _compat.idle(pool)
+        with pytest.raises(PoolClosed):
+            await pool.getconn()
+    finally:
+        await end(tasks)
+        for conn in connections:
+            await conn.close()
+    assert _compat.end_life(pool) == ([], [])
+
+
+async def test_end_life_of_a_pool_that_was_never_opened_gives_nothing() -> None:
+    pool = AsyncConnectionPool("", open=False)
+    assert _compat.end_life(pool) == ([], [])
+
+
+async def test_after_refuse_clients_a_connection_that_comes_is_closed(pool: BarePool) -> None:
+    held = await pool.getconn()
+    made = await AsyncConnection.connect(pool.conninfo if isinstance(pool.conninfo, str) else "")
+    (idle,) = _compat.refuse_clients(pool)
+    assert pool.closed
+    assert not _compat.idle(pool)
+    with pytest.raises(PoolClosed):
+        await pool.getconn()
+    await pool.putconn(held)
+    assert held.closed
+    await pool._add_to_pool(made)  # as a worker does that was connecting
+    assert made.closed
+    assert not idle.closed
+    await idle.close()
+    _, tasks = _compat.end_life(pool)
+    assert len(tasks) == pool.num_workers + 1
+    await end(tasks)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_forgotten_task_is_dropped_without_a_word(
+    forgotten: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = asyncio.SelectorEventLoop()
+
+    async def wait_for_ever() -> None:
+        await loop.create_future()
+
+    task = loop.create_task(wait_for_ever())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    if forgotten:
+        _compat.forget_task(task)
+    task.get_coro().close()  # type: ignore[union-attr]
+    del task
+    gc.collect()
+    assert ("Task was destroyed but it is pending" in caplog.text) is not forgotten
+
+
+# --- workers that can be cancelled -----------------------------------------------------------
+
+
+class Work:
+    """A maintenance task that connects to a silent server, as far as a worker can see."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+
+    async def run(self) -> None:
+        self.begun.set()
+        with _compat.cancellation_ends_worker():
+            await asyncio.get_running_loop().create_future()
+
+
+async def test_a_worker_of_psycopg_pool_swallows_a_cancellation_at_work() -> None:
+    """Once it does not any more, `run_worker()` is not needed."""
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    work = Work()
+    queue.put_nowait(work)
+    worker = asyncio.create_task(AsyncConnectionPool.worker(queue))
+    await work.begun.wait()
+    worker.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not worker.done()
+    queue.put_nowait(StopWorker(AsyncConnectionPool("", open=False)))
+    await asyncio.wait_for(worker, 10)
+
+
+async def test_run_worker_ends_with_one_cancellation_and_hands_its_work_on() -> None:
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    work = Work()
+    queue.put_nowait(work)
+    worker = asyncio.create_task(_compat.run_worker(AsyncConnectionPool.worker, queue))
+    await work.begun.wait()
+    worker.cancel()
+    await asyncio.wait({worker}, timeout=10)
+    assert worker.cancelled()
+    assert queue.get_nowait() is work
+
+
+async def test_run_worker_ends_when_what_it_does_swallows_the_cancellation() -> None:
+    begun = asyncio.Event()
+
+    class Deaf:
+        async def run(self) -> None:
+            begun.set()
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                return
+
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    queue.put_nowait(Deaf())
+    worker = asyncio.create_task(_compat.run_worker(AsyncConnectionPool.worker, queue))
+    await begun.wait()
+    worker.cancel()
+    await asyncio.wait({worker}, timeout=10)
+    assert worker.cancelled()
+
+
+async def test_run_worker_works_and_stops_as_a_worker_does() -> None:
+    done = asyncio.Event()
+
+    class Task:
+        async def run(self) -> None:
+            done.set()
+
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    worker = asyncio.create_task(_compat.run_worker(AsyncConnectionPool.worker, queue))
+    queue.put_nowait(Task())
+    await asyncio.wait_for(done.wait(), 10)
+    queue.put_nowait(StopWorker(AsyncConnectionPool("", open=False)))
+    assert await asyncio.wait_for(worker, 10) is None
+
+
+async def test_a_cancellation_outside_of_a_worker_stays_one() -> None:
+    with pytest.raises(asyncio.CancelledError), _compat.cancellation_ends_worker():
+        raise asyncio.CancelledError
+
+
+async def test_psycopg_pool_handles_no_given_up() -> None:
+    from psycopg_pool.pool_async import CLIENT_EXCEPTIONS
+
+    assert not issubclass(_compat.GivenUp, CLIENT_EXCEPTIONS)
+
+
+async def test_the_scheduler_of_a_pool_waits_on_the_event_that_we_replace(dsn: str) -> None:
+    async with AsyncConnectionPool(dsn, min_size=0, max_size=1, open=False) as pool:
+        assert type(pool._sched._event) is AEvent
+        _compat.make_scheduler_endable(pool)
+        ran = asyncio.Event()
+
+        async def note() -> None:
+            ran.set()
+
+        await asyncio.sleep(0)
+        await pool._sched.enter(0.01, note)  # wakes it through its event
+        await asyncio.wait_for(ran.wait(), 10)
+        assert pool._sched_runner is not None
+        pool._sched_runner.cancel()
+        await asyncio.wait({pool._sched_runner}, timeout=10)
+        assert pool._sched_runner.cancelled()
+        pool._sched_runner = None
+
+
+async def test_an_endable_event_ends_a_task_that_lost_its_cancellation() -> None:
+    event = _compat._EndableEvent()
+    ended = asyncio.Event()
+
+    async def deaf() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            event.set()
+        try:
+            await event.wait_timeout(0)
+        finally:
+            ended.set()
+
+    task = asyncio.create_task(deaf())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task}, timeout=10)
+    assert task.cancelled()
+    assert ended.is_set()
+
+
+async def test_an_endable_event_waits_as_an_event_does() -> None:
+    event = _compat._EndableEvent()
+    assert await event.wait_timeout(0.01) is False
+    event.set()
+    assert await event.wait_timeout(10) is True
+
+
+# --- the stock of connections ----------------------------------------------------------------
+
+
+async def test_the_first_idle_connection_is_the_next_one_handed_out(pool: BarePool) -> None:
+    first, second = _compat.idle(pool)
+    assert await pool.getconn() is first
+    assert list(_compat.idle(pool)) == [second]
+    await pool.putconn(first)
+    assert list(_compat.idle(pool)) == [second, first]
+
+
+async def test_what_is_put_among_the_idle_is_handed_out(pool: BarePool) -> None:
+    idle = _compat.idle(pool)
+    conn = idle.popleft()
+    idle.append(conn)
+    taken = [await pool.getconn() for _ in range(2)]
+    assert taken[1] is conn
+    for one in taken:
+        await pool.putconn(one)
+
+
+async def test_the_low_mark_of_idle_connections_is_kept_as_psycopg_pool_keeps_it(
+    pool: BarePool,
+) -> None:
+    pool._nconns_min = 2
+    conn = await pool.getconn()
+    assert pool._nconns_min == 1
+    await pool.putconn(conn)
+    pool._nconns_min = 2
+    conn = _compat.idle(pool).popleft()
+    _compat.note_idle_low(pool)
+    assert pool._nconns_min == 1
+    _compat.idle(pool).append(conn)
+    _compat.note_idle_low(pool)
+    assert pool._nconns_min == 1  # it only goes down
+
+
+async def test_the_total_is_what_get_stats_calls_pool_size(pool: BarePool) -> None:
+    assert _compat.total(pool) == pool.get_stats()["pool_size"] == 2
+    conn = await pool.getconn()
+    assert _compat.total(pool) == 2
+    await pool.putconn(conn)
+
+
+async def test_a_pool_grows_by_one_at_a_time_up_to_its_maximum(pool: BarePool) -> None:
+    _compat.grow(pool)
+    assert _compat.total(pool) == 3
+    _compat.grow(pool)
+    assert _compat.total(pool) == 3
+    await until(lambda: len(_compat.idle(pool)) == 3)
+    await until(lambda: not pool._growing)
+    _compat.grow(pool)
+    assert _compat.total(pool) == 3
+
+
+async def test_a_lost_connection_is_replaced(pool: BarePool) -> None:
+    conn = _compat.idle(pool).popleft()
+    await conn.close()
+    _compat.replace_lost(pool)
+    assert _compat.total(pool) == 2
+    await until(lambda: len(_compat.idle(pool)) == 2)
+    assert conn not in _compat.idle(pool)
+    assert next(iter(inspect.signature(AddConnection).parameters)) == "pool"
+
+
+async def test_a_connection_knows_the_pool_that_it_is_checked_out_of(pool: BarePool) -> None:
+    conn = await pool.getconn()
+    assert _compat.owner(conn) is pool
+    await pool.putconn(conn)
+    assert _compat.owner(conn) is None
+    with pytest.raises(ValueError, match="doesn't come from any pool"):
+        pool._check_pool_putconn(conn)
+    conn = await pool.getconn()
+    _compat.set_owner(conn, None)
+    with pytest.raises(ValueError, match="doesn't come from any pool"):
+        await pool.putconn(conn)
+    _compat.set_owner(conn, pool)
+    pool._check_pool_putconn(conn)
+    await pool.putconn(conn)
+
+
+async def test_a_connection_expires_after_max_lifetime(dsn: str) -> None:
+    async with AsyncConnectionPool(dsn, min_size=1, max_lifetime=100, open=False) as pool:
+        conn = await pool.getconn()
+        assert not _compat.is_expired(pool, conn)
+        assert 94 < conn._expire_at - conn._created_at <= 100
+        assert conn._created_at <= monotonic() < conn._expire_at
+        conn._expire_at = monotonic()
+        assert _compat.is_expired(pool, conn)
+        await pool.putconn(conn)
+        assert conn.closed
+
+
+async def test_a_connection_older_than_a_drain_is_expired(pool: BarePool) -> None:
+    conn = await pool.getconn()
+    await pool.drain()
+    assert _compat.is_expired(pool, conn)
+    await pool.putconn(conn)
+    assert conn.closed
+    conn = await pool.getconn()
+    assert not _compat.is_expired(pool, conn)
+    await pool.putconn(conn)
+
+
+async def test_a_connection_is_put_back_idle_in_the_callers_task(pool: BarePool) -> None:
+    conn = await pool.getconn()
+    await conn.execute("create temporary table t ()")
+    await _compat.put_back(pool, conn)
+    assert conn in _compat.idle(pool)
+    assert conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
+    conn = _compat.idle(pool).pop()
+    _compat.set_owner(conn, pool)
+    cursor = await conn.execute("select to_regclass('t')")
+    assert await cursor.fetchone() == (None,)
+    await pool.putconn(conn)
+
+
+async def test_a_connection_put_back_is_reset_in_the_callers_task(dsn: str) -> None:
+    tasks = []
+
+    async def reset(conn: Any) -> None:
+        tasks.append(asyncio.current_task())
+
+    async with AsyncConnectionPool(dsn, min_size=1, reset=reset, open=False) as pool:
+        conn = await pool.getconn()
+        await _compat.put_back(pool, conn)
+        assert tasks == [asyncio.current_task()]
+        assert conn in _compat.idle(pool)
+
+
+@pytest.mark.parametrize(
+    ("from_getconn", "counter"), [(False, "returns_bad"), (True, "connections_lost")]
+)
+async def test_a_broken_connection_put_back_is_counted_and_replaced(
+    pool: BarePool, from_getconn: bool, counter: str
+) -> None:
+    conn = await pool.getconn()
+    conn.pgconn.finish()
+    await _compat.put_back(pool, conn, from_getconn=from_getconn)
+    assert pool.get_stats()[counter] == 1
+    await until(lambda: len(_compat.idle(pool)) == 2)
+    assert conn not in _compat.idle(pool)
+
+
+async def test_a_connection_put_back_into_a_closed_pool_is_closed(dsn: str) -> None:
+    pool = AsyncConnectionPool(dsn, min_size=1, open=False)
+    await pool.open(wait=True)
+    conn = await pool.getconn()
+    await pool.close()
+    await _compat.put_back(pool, conn)
+    assert conn.closed
+    assert _compat.owner(conn) is None
+
+
+async def test_counters_are_those_of_get_stats(pool: BarePool) -> None:
+    pool.pop_stats()
+    counters = {
+        pool._REQUESTS_NUM: "requests_num",
+        pool._REQUESTS_QUEUED: "requests_queued",
+        pool._REQUESTS_WAIT_MS: "requests_wait_ms",
+        pool._REQUESTS_ERRORS: "requests_errors",
+        pool._USAGE_MS: "usage_ms",
+        pool._RETURNS_BAD: "returns_bad",
+    }
+    for key, name in counters.items():
+        _compat.count(pool, key)
+        _compat.count(pool, key, 2)
+        assert pool.get_stats()[name] == 3
+
+
+# --- the classes that ours override ------------------------------------------------------------
+
+
+def test_the_methods_that_we_override_have_the_signatures_we_know() -> None:
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert parameters(AsyncConnectionPool.open) == ["self", "wait", "timeout"]
+    assert parameters(AsyncConnectionPool.wait) == ["self", "timeout"]
+    assert parameters(AsyncConnectionPool.close) == ["self", "timeout"]
+    assert parameters(AsyncConnectionPool.connection) == ["self", "timeout"]
+    assert parameters(AsyncConnectionPool.getconn) == ["self", "timeout"]
+    assert parameters(AsyncConnectionPool.putconn) == ["self", "conn"]
+    assert parameters(AsyncConnectionPool.resize) == ["self", "min_size", "max_size"]
+    assert parameters(AsyncConnectionPool.worker) == ["q"]
+    assert parameters(AsyncConnection.wait) == ["self", "gen", "interval", "timeout"]
+    assert parameters(AsyncConnection.cancel_safe) == ["self", "timeout"]
+    assert parameters(BaseConnection._notice_handler)[0] == "wself"
+    assert parameters(BaseConnection._notify_handler)[0] == "wself"
+
+
+def test_there_is_no_public_method_of_a_pool_that_we_have_not_looked_at() -> None:
+    public = {name for name in vars(psycopg_pool.AsyncConnectionPool) if not name.startswith("_")}
+    assert public == {
+        "check", "check_connection", "close", "connection", "drain", "getconn", "open", "putconn",
+        "reconnect_failed", "resize", "run_task", "schedule_task", "wait", "worker",
+    }  # fmt: skip
+
+
+async def test_a_connection_has_the_attributes_that_a_handle_is_made_of(dsn: str) -> None:
+    """
+    A handle is made from all the attributes of a connection, but for those of one checkout.
+
+    So each one that is new has to be looked at: does it belong to the session or the checkout?
+    """
+    settings = {
+        "_autocommit", "_deferrable", "_isolation_level", "_read_only", "_begin_statement",
+        "row_factory", "cursor_factory", "server_cursor_factory", "_adapters",
+    }  # fmt: skip
+    of_the_session = {"pgconn", "_prepared", "_closed"}
+    of_the_checkout = {
+        "lock", "_notice_handlers", "_notify_handlers", "_notifies_backlog", "_num_transactions",
+        "_tpc", "_pipeline",
+    }  # fmt: skip
+    async with await AsyncConnection.connect(dsn) as conn:
+        assert set(vars(conn)) == settings | of_the_session | of_the_checkout
+        # Those that need no clearing for the next checkout.
+        assert (conn._num_transactions, conn._tpc, conn._pipeline) == (0, None, None)
+        assert conn._prepared.prepare_threshold == 5
+        assert conn._prepared.prepared_max == 100
+        assert isinstance(conn._notifies_backlog, deque)
+        assert type(conn.lock) is asyncio.Lock
+
+
+def test_a_handle_can_be_turned_into_one_that_refuses() -> None:
+    """By assignment to ``__class__``, which ``__slots__`` would forbid."""
+    assert not any("__slots__" in vars(cls) for cls in (BaseConnection, AsyncConnection))
+
+
+def test_the_interval_of_a_wait_is_psycopgs_own() -> None:
+    from poolkeeper import _connection
+
+    interval = inspect.signature(AsyncConnection.wait).parameters["interval"].default
+    assert interval == _connection._WAIT_INTERVAL
+
+
+def test_these_are_the_versions_that_we_support() -> None:
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in version.split(".")[:2])
+
+    assert numbers(psycopg.__version__) >= (3, 3)
+    assert numbers(psycopg_pool.__version__) >= (3, 3)

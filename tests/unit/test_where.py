@@ -1,0 +1,250 @@
+"""Places in words: line of code, task, loop, thread."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import pytest
+
+from poolkeeper import _where
+from poolkeeper._where import NO_LOOP, Place, call_site, describe_loop, running_loop, site
+
+HERE = "tests/unit/test_where.py"
+
+
+def as_if_in(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return *function* as if it were defined in *module*."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(
+        function.__code__,
+        {**function.__globals__, "__name__": module},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+def line_after(function: Callable[..., Any], lines: int = 1) -> str:
+    assert isinstance(function, FunctionType)
+    return f"{HERE}:{function.__code__.co_firstlineno + lines}"
+
+
+# --- the line of code --------------------------------------------------------------------
+
+
+def test_the_call_site_is_the_callers_line() -> None:
+    def asks() -> str:
+        return call_site()
+
+    assert asks() == line_after(asks)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "poolkeeper",
+        "poolkeeper._pool",
+        "psycopg.cursor_async",
+        "psycopg_pool.pool_async",
+        "contextlib",
+        "asyncio.tasks",
+        "weakref",
+    ],
+)
+def test_our_own_lines_and_those_we_stand_on_are_passed_over(module: str) -> None:
+    def inner() -> str:
+        return call_site()
+
+    internal = as_if_in(module, inner)
+
+    def user() -> str:
+        return str(internal())
+
+    assert user() == line_after(user)
+
+
+@pytest.mark.parametrize("module", ["poolkeeper_app.main", "psycopg_tools", "asyncio_helpers"])
+def test_a_module_whose_name_only_begins_like_ours_is_the_users(module: str) -> None:
+    def inner() -> str:
+        return call_site()
+
+    assert as_if_in(module, inner)() == line_after(inner)
+
+
+def test_a_context_manager_of_the_standard_library_is_passed_over() -> None:
+    seen = []
+
+    def note() -> None:
+        seen.append(call_site())
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        as_if_in("poolkeeper._manager", note)()
+        yield
+
+    def user() -> None:
+        with block():
+            pass
+
+    user()
+    # The generator is the user's own here, so its line is named: the innermost that is not ours.
+    assert seen == [line_after(block.__wrapped__, 2)]  # type: ignore[attr-defined]
+
+
+def test_a_stack_of_our_lines_only_still_has_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_where, "_INTERNAL", _Everything())
+
+    def inner() -> str:
+        return call_site()
+
+    assert inner() == line_after(inner)
+
+
+class _Everything:
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+def code_of(path: str) -> CodeType:
+    return compile("0", path, "exec")
+
+
+def test_a_path_is_relative_below_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert site(code_of(f"{tmp_path}/app/main.py"), 31) == f"app{os.sep}main.py:31"
+    assert site(code_of(f"{tmp_path}-other/main.py"), 31) == f"{tmp_path}-other/main.py:31"
+    assert site(code_of("/usr/lib/x.py"), 1) == "/usr/lib/x.py:1"
+    assert site(code_of("app.py"), 1) == "app.py:1"
+
+
+def test_a_path_is_whole_where_the_working_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert site(code_of(f"{gone}/main.py"), 31) == f"{gone}/main.py:31"
+
+
+# --- loops -------------------------------------------------------------------------------
+
+
+def test_there_is_no_running_loop_outside_of_one() -> None:
+    assert running_loop() is None
+    assert describe_loop(None) == NO_LOOP == "no event loop"
+
+
+async def test_the_running_loop_is_found() -> None:
+    assert running_loop() is asyncio.get_running_loop()
+
+
+def test_loops_are_numbered_as_they_are_seen() -> None:
+    loops = [asyncio.SelectorEventLoop() for _ in range(3)]
+    try:
+        numbers = [int(describe_loop(loop).partition("/")[0]) for loop in loops]
+        assert numbers == [numbers[0], numbers[0] + 1, numbers[0] + 2]
+        assert describe_loop(loops[0]) == f"{numbers[0]}/asyncio"
+    finally:
+        for loop in loops:
+            loop.close()
+
+
+def test_a_number_is_not_given_twice() -> None:
+    """As `id()` is."""
+
+    def number() -> str:
+        loop = asyncio.SelectorEventLoop()
+        try:
+            return describe_loop(loop)
+        finally:
+            loop.close()
+
+    seen = [number() for _ in range(5)]
+    gc.collect()
+    assert len(set(seen)) == 5
+
+
+def test_a_loop_is_not_kept_alive() -> None:
+    import weakref
+
+    loop = asyncio.SelectorEventLoop()
+    describe_loop(loop)
+    loop.close()
+    reference = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert reference() is None
+
+
+async def test_the_kind_of_a_loop_is_the_package_that_it_is_from(loop_name: str) -> None:
+    assert describe_loop(asyncio.get_running_loop()).endswith(f"/{loop_name}")
+
+
+# --- places ------------------------------------------------------------------------------
+
+
+async def test_a_place_in_a_task_names_all_there_is(loop_name: str) -> None:
+    async def work() -> Place:
+        return Place.here()
+
+    place = await asyncio.create_task(work(), name="lifespan")
+    loop = describe_loop(asyncio.get_running_loop())
+    assert place == Place(line_after(work), "lifespan", loop, "MainThread", os.getpid())
+    number = loop.partition("/")[0]
+    assert str(place) == (
+        f'at {line_after(work)} in task "lifespan" on loop {number}'
+        f' ({loop_name}, thread "MainThread")'
+    )
+    assert place.describe("closed") == (
+        f'at {line_after(work)} in task "lifespan" on loop {number}'
+        f' ({loop_name}, thread "MainThread", closed)'
+    )
+
+
+async def test_a_place_in_a_callback_of_the_loop_is_outside_of_any_task(loop_name: str) -> None:
+    places = asyncio.get_running_loop().create_future()
+
+    def callback() -> None:
+        places.set_result(Place.here())
+
+    asyncio.get_running_loop().call_soon(callback)
+    place = await places
+    assert place.task is None
+    assert str(place).startswith(f"at {line_after(callback)} outside of any task on loop ")
+
+
+def test_a_place_without_a_loop_says_so() -> None:
+    def program() -> Place:
+        return Place.here()
+
+    place = program()
+    assert place == Place(line_after(program), None, NO_LOOP, "MainThread", os.getpid())
+    assert str(place) == (
+        f'at {line_after(program)} outside of any task (no event loop, thread "MainThread")'
+    )
+
+
+def test_a_place_in_another_thread_names_it() -> None:
+    with ThreadPoolExecutor(1, thread_name_prefix="jobs") as threads:
+        place = threads.submit(Place.here).result()
+    assert place.thread == "jobs_0"
+    assert 'thread "jobs_0"' in str(place)
+
+
+async def test_a_place_holds_nothing_but_strings_and_numbers() -> None:
+    place = Place.here()
+    values = [getattr(place, name) for name in Place.__slots__]
+    assert {type(value) for value in values} <= {str, int}
+    with pytest.raises(AttributeError):
+        place.site = "x"  # type: ignore[misc]
