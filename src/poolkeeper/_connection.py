@@ -38,8 +38,6 @@ from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
 
-_WAIT_INTERVAL = 0.1  # seconds; psycopg's own default for wait()
-
 # Parameters of a session that PostgreSQL reports when they change (search_path: since 18) and
 # that a client can change. Documented in "Asynchronous Operations", protocol chapter.
 REPORTED_PARAMETERS = (
@@ -133,13 +131,14 @@ class BoundConnection(AsyncConnection[Any]):
 
     @override
     def wait(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, gen: PQGen[T], interval: float = _WAIT_INTERVAL, timeout: float | None = None
+        self, gen: PQGen[T], *args: Any, **kwargs: Any
     ) -> Coroutine[Any, Any, T]:
         # Every I/O of a connection, its cursors, transactions, pipelines and copies ends here.
         # Not a coroutine function: one frame less for each.
         if not self._binding.is_here():
             raise self._binding.mismatch("used through one of its connections")
-        return super().wait(gen, interval, timeout)
+        # The rest goes on as it came: psycopg 3.3.0 knows no "timeout" yet.
+        return super().wait(gen, *args, **kwargs)
 
     @override
     async def close(self) -> None:
@@ -241,7 +240,7 @@ class RevokedConnection(RetiredConnection):
     """A handle whose session was closed by the pool while it was in use."""
 
     @property
-    def pgconn(self) -> Any:  # type: ignore[override]  # pyright: ignore
+    def pgconn(self) -> Any:  # type: ignore[override]
         # What was under way looks at it on its way out. It is closed, or about to be.
         return vars(self)["pgconn"]
 
