@@ -446,7 +446,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
             else:
                 conn = await self._wait_in_line(timeout, deadline)
             session: Session = conn._session
-            session.settle(conn)
+            try:
+                session.settle(conn)
+            except psycopg.OperationalError:
+                # Found closed before anybody had it, by check() for one.
+                await self._in_own_task(self._put_back(conn, from_getconn=True))
+                continue
             if self._user_check is None or await self._passes_check(conn):
                 break
             # A broken connection is replaced, so there is an end to them. One that works and
