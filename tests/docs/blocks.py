@@ -81,7 +81,12 @@ class Example:
         return subprocess.run(
             [sys.executable, "app.py" if self.is_program else "main.py"],
             cwd=directory,
-            env={**os.environ, "DATABASE_URL": dsn, "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "DATABASE_URL": dsn,
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONASYNCIODEBUG": "",  # it prints what the text does not show
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
