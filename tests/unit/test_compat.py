@@ -283,6 +283,7 @@ async def test_the_scheduler_of_a_pool_waits_on_the_event_that_we_replace(dsn: s
     async with AsyncConnectionPool(dsn, min_size=0, max_size=1, open=False) as pool:
         assert type(pool._sched._event) is AEvent
         _compat.make_scheduler_endable(pool)
+        assert type(pool._sched._event) is _compat._EndableEvent
         ran = asyncio.Event()
 
         async def note() -> None:
@@ -471,14 +472,21 @@ async def test_a_broken_connection_put_back_is_counted_and_replaced(
     assert conn not in _compat.idle(pool)
 
 
-async def test_a_connection_put_back_into_a_closed_pool_is_closed(dsn: str) -> None:
-    pool = AsyncConnectionPool(dsn, min_size=1, open=False)
+async def test_a_connection_put_back_into_a_closed_pool_is_closed(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def reset(conn: Any) -> None:
+        raise AssertionError("nobody will use it any more")
+
+    pool = AsyncConnectionPool(dsn, min_size=1, reset=reset, open=False)
     await pool.open(wait=True)
     conn = await pool.getconn()
     await pool.close()
+    caplog.clear()
     await _compat.put_back(pool, conn)
     assert conn.closed
     assert _compat.owner(conn) is None
+    assert not caplog.records
 
 
 async def test_counters_are_those_of_get_stats(pool: BarePool) -> None:

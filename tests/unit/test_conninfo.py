@@ -37,6 +37,7 @@ MALFORMED = [
     f"postgresql://user:half/{SECRET}@host/db",
     f"postgresql://user:12/{SECRET}?x@host/db",
     f"postgresql://user:12/half?{SECRET.lower()}=1@host/db",
+    "postgresql://user:12/half?secretword=1@host/db",
     f"postgresql://user:pass@[{SECRET}/db",
     f"postgresql://user:pass@[::1]{SECRET}/db",
     f"postgresql://user:pass@[]{SECRET}/db",
@@ -50,6 +51,7 @@ MALFORMED = [
     f"postgresql://user:{SECRET}@host/db?sslmode=a={SECRET}",
     f"postgresql://host/db?password={SECRET}%zz",
     f"postgresql://host/db?password=half&{SECRET.lower()}=1",
+    "postgresql://host/db?password=half&secretword=1",
     f'postgresql://user:x@host/db?option "{SECRET}=1',
     f'postgresql://user:x@host/db?option "{SECRET}',
     # keywords
