@@ -73,7 +73,7 @@ def test_its_own_server_is_gone_when_it_is_interrupted(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     for folder in (tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)  # the server may run as another user
-    for line, number in (("poolkeeper ", signal.SIGTERM), ("1. ", signal.SIGINT)):
+    for line, number in (("poolkeeper ", signal.SIGTERM), (" 1. ", signal.SIGINT)):
         process = command("demo", TMPDIR=str(tmp_path))
         assert process.stdout is not None
         while not process.stdout.readline().startswith(line):

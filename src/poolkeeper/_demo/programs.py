@@ -43,8 +43,10 @@ class Run:
 
 def environment(dsn: str, schema: str, role: str) -> dict[str, str]:
     """Return what tells the programs of the server; *role* is one that has a password."""
+    debugging = {"PYTHONASYNCIODEBUG", "PYTHONDEVMODE", "PYTHONWARNINGS"}  # not in production
+    inherited = {name: value for name, value in os.environ.items() if name not in debugging}
     return {
-        **os.environ,
+        **inherited,
         "POOLKEEPER_DEMO_DSN": dsn,
         "POOLKEEPER_DEMO_SCHEMA": schema,
         "POOLKEEPER_DEMO_ROLE": role,

@@ -134,7 +134,11 @@ def _ended_by_signals() -> Generator[None, None, None]:
             raise KeyboardInterrupt
         interrupt(signal.SIGINT, frame)  # asyncio.run() has one of its own: it cancels main()
 
-    before = {number: signal.signal(number, end) for number in _TO_END if number != signal.SIGINT}
+    before = {
+        number: signal.signal(number, end)
+        for number in _TO_END
+        if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN  # nohup
+    }
     try:
         yield
     except KeyboardInterrupt:
@@ -144,6 +148,23 @@ def _ended_by_signals() -> Generator[None, None, None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _deferred() -> Generator[None, None, None]:
+    """Hold a signal back until the end of the block, which takes a second: it is then raised."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in _TO_END
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 @contextmanager
@@ -189,20 +210,21 @@ def _own_server(narrator: Narrator) -> Generator[str, None, None]:
 
     begin = time.monotonic()
     hba = [f"host all {ROLE} 127.0.0.1/32 scram-sha-256", "host all all 127.0.0.1/32 trust"]
+    server: EmbeddedServer | None = None
     try:
-        server = EmbeddedServer({"max_connections": 200}, hba)
-    except RuntimeError as error:
-        raise CannotShow(f"cannot start a PostgreSQL: {error}") from error
-    try:
-        try:
+        with _deferred():
+            server = EmbeddedServer({"max_connections": 200}, hba)
             server.start()
-        except RuntimeError as error:
-            raise CannotShow(f"cannot start a PostgreSQL: {error}") from error
         narrator.line(f"Started a PostgreSQL of our own in {span(time.monotonic() - begin)}.")
         yield server.dsn()
+    except RuntimeError as error:
+        if server is not None and server.running:
+            raise
+        raise CannotShow(f"cannot start a PostgreSQL: {error}") from error
     finally:
         with _undisturbed():
-            server.close()
+            if server is not None:
+                server.close()
 
 
 async def _make_schema(dsn: str, schema: str, role: str) -> str:
@@ -331,15 +353,19 @@ def _document(
 ) -> str:
     parts = [
         "# What each mistake does, without and with poolkeeper",
-        "Made by `poolkeeper demo --markdown FILE`, which runs each program twice, with"
-        " psycopg_pool's `AsyncConnectionPool` (the bare pool) and with `PoolManager`, and writes"
-        " down what happened. Nothing below is written by hand. Numbers differ from run to run,"
-        " those of the races most of all (fork, loops in threads, cancellation).",
-        f"poolkeeper {__version__}, psycopg {psycopg.__version__},"
-        f" psycopg_pool {psycopg_pool.__version__}, Python {platform.python_version()},"
-        f" PostgreSQL {place.version}. Timeouts are 1 s where psycopg_pool's default is 30 s;"
-        " programs that hang are killed after 2 s. `mistakes.py` is"
-        " `src/poolkeeper/_demo/mistakes.py`.",
+        _by_sentence(
+            "Made by `poolkeeper demo --markdown FILE`, which runs each program twice, with"
+            " psycopg_pool's `AsyncConnectionPool` (the bare pool) and with `PoolManager`, and"
+            " writes down what happened. Nothing below is written by hand. Numbers differ from run"
+            " to run, those of the races most of all (fork, loops in threads, cancellation)."
+        ),
+        _by_sentence(
+            f"poolkeeper {__version__}, psycopg {psycopg.__version__},"
+            f" psycopg_pool {psycopg_pool.__version__}, Python {platform.python_version()},"
+            f" PostgreSQL {place.version}. Timeouts are 1 s where psycopg_pool's default is 30 s;"
+            " programs that hang are killed after 2 s. `mistakes.py` is"
+            " `src/poolkeeper/_demo/mistakes.py`."
+        ),
         markdown_table(HEAD, rows),
         "## What they say",
     ]
@@ -348,7 +374,7 @@ def _document(
     for title, bare, ours, case in told:
         if title not in seen:
             seen.add(title)
-            parts += [f"### {title}", stories[title]]
+            parts += [f"### {title}", _by_sentence(stories[title])]
         several = sum(title == other for other, *_ in told) > 1
         parts += [f"**{case.label}**"] if several else []
         for name, run in (("bare pool", bare), ("poolkeeper", ours)):
@@ -356,3 +382,8 @@ def _document(
             if text := "\n".join(case.messages(run)):
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _by_sentence(text: str) -> str:
+    """Return *text* with each sentence on a line of its own."""
+    return text.replace(". ", ".\n")
