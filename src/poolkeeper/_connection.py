@@ -114,16 +114,15 @@ class BoundConnection(AsyncConnection[Any]):
         if keeper is None:  # the pool is gone; its last worker is about to find out
             raise psycopg.InterfaceError("the pool of this connection class is gone")
         keeper.attempt_begins()
-        error: BaseException | None = None
         try:
             parameters = keeper.connect_parameters(conninfo, kwargs)
             with _compat.cancellation_ends_worker():
                 conn = await super().connect(**parameters)
         except BaseException as ex:
-            error = ex
+            # Not kept in a variable: a cycle with the traceback would keep the socket open.
+            keeper.attempt_ended(ex)
             raise
-        finally:
-            keeper.attempt_ended(error)
+        keeper.attempt_ended(None)
         conn.lock = cls._lock_class()
         conn._session = Session(conn)
         keeper.session_begins(conn._session)

@@ -382,6 +382,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
                     )
         except BaseException as ex:
             self._attempt_failed(ex)
+            # psycopg_pool drops it, but the traceback of what we keep holds on to it.
+            self._end_session(conn._session)
             raise
         self._prepared += 1
         self._last_error = None
@@ -454,6 +456,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
                 continue
             if self._user_check is None or await self._passes_check(conn):
                 break
+            self._check_usable("acquired from")
             # A broken connection is replaced, so there is an end to them. One that works and
             # fails the check comes back to the pool: do not spin on it.
             if monotonic() >= deadline:
@@ -512,7 +515,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         passed = False
         try:
             await self._user_check(conn)
-            passed = True
+            # The pool may be closing by now, or may have been closed and opened anew.
+            passed = self._state is not State.CLOSING and not conn.closed
         except Exception as ex:
             logger.info('a connection of pool "%s" failed its check: %s', self.name, ex)
         finally:
@@ -622,6 +626,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     async def _put_back(self, conn: Any, *, from_getconn: bool = False) -> None:
         """Give back a connection that may need work first."""
+        if isinstance(conn, RevokedConnection):
+            return  # its life is over, and another one may have begun
         pgconn = conn.pgconn
         if pgconn.pipeline_status != NO_PIPELINE:
             logger.warning(
@@ -740,7 +746,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             f"{checkout}, held for {checkout.held_seconds:.1f} s" for checkout in self.checkouts()
         ]
         tasks = self._stop_tasks()
-        if self._is_active():
+        if self._active():
             # In a task, so that no cancellation leaves the server at work.
             stopping = asyncio.create_task(self._stop_queries(), name=f"{self.name}-close")
             interruption = await self._settle([stopping]) or interruption
@@ -780,31 +786,38 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     async def _stop_queries(self) -> None:
         """
-        Cancel what runs and give the server a moment to stop it.
+        Cancel what runs, and let its task roll back; within `CANCEL_GRACE`.
 
         A server does not look for a client that is gone before it has something to send: what
-        is not cancelled goes on, and keeps its session. What a task of ours was running (a
-        callback's query), psycopg cancels when the task is cancelled.
+        is not cancelled goes on, and keeps its session. It forgets a request to cancel that
+        arrives before the query does, so one is not enough; and the query's task may run
+        another one, so at last it is not let.
         """
-        held = [s for s in self._sessions if s.checkout is not None and s.handle is not None]
-        active = [s for s in held if s.pgconn.transaction_status == ACTIVE]
-        until = monotonic() + CANCEL_GRACE
-        cancelling = asyncio.gather(
-            *(cast(Any, s.handle).cancel_safe(timeout=CANCEL_GRACE) for s in active),
-            return_exceptions=True,
-        )
-        # Their holders may be ready to try again: no more queries from here on. Not earlier,
-        # since to cancel what runs on a connection that is revoked does nothing.
-        for session in held:
-            asyncio.get_running_loop().call_soon(self._revoke, session)
-        await asyncio.wait({cancelling}, timeout=CANCEL_GRACE)
-        # libpq has no event for it: the task of the query reads the answer.
-        while monotonic() < until and self._is_active():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        begin = monotonic()
+        pause = 0.05
+        last = False
+        while not last and (active := self._active()):
+            elapsed = monotonic() - begin
+            last = elapsed + pause > 0.75 * CANCEL_GRACE
+            until = begin + (CANCEL_GRACE if last else elapsed + pause)
+            cancelling = asyncio.gather(
+                *(cast(Any, s.handle).cancel_safe(timeout=CANCEL_GRACE) for s in active),
+                return_exceptions=True,
+            )
+            if last:
+                # In this order: to cancel what a revoked connection runs does nothing.
+                for session in self._sessions:
+                    asyncio.get_running_loop().call_soon(self._revoke, session)
+            await asyncio.wait({cancelling}, timeout=until - monotonic())
+            cancelling.cancel()
+            # libpq has no event for it: the task of the query reads the answer.
+            while monotonic() < until and self._active():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            pause *= 2
 
-    def _is_active(self) -> bool:
-        """Tell whether a query runs on any session."""
-        return any(s.pgconn.transaction_status == ACTIVE for s in self._sessions)
+    def _active(self) -> list[Session]:
+        """Return the sessions that run a query."""
+        return [s for s in self._sessions if s.pgconn.transaction_status == ACTIVE and s.handle]
 
     def _revoke(self, session: Session) -> None:
         """Take a connection from whoever uses it."""
