@@ -49,9 +49,9 @@ class Before:
     async def is_back(self) -> None:
         """Fail unless there are no more tasks and sockets than there were."""
         assert asyncio.all_tasks() == self.tasks
-        gc.collect()  # to find what would warn when it is collected
         # The proxy runs in this process, and closes its ends in its own time.
         assert await asyncio.to_thread(eventually, lambda: sockets() == self.sockets)
+        gc.collect()  # to find what warns when it is collected
 
 
 async def fails_to_open(manager: PoolManager[Any], **arguments: Any) -> tuple[OpenError, float]:
