@@ -356,8 +356,9 @@ def _document(
         _by_sentence(
             "Made by `poolkeeper demo --markdown FILE`, which runs each program twice, with"
             " psycopg_pool's `AsyncConnectionPool` (the bare pool) and with `PoolManager`, and"
-            " writes down what happened. Nothing below is written by hand. Numbers differ from run"
-            " to run, those of the races most of all (fork, loops in threads, cancellation)."
+            " writes down what happened. Every cell and every message is from one run. Numbers"
+            " differ from run to run, those of the races most of all (fork, loops in threads,"
+            " cancellation)."
         ),
         _by_sentence(
             f"poolkeeper {__version__}, psycopg {psycopg.__version__},"
