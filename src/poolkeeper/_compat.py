@@ -94,6 +94,18 @@ class GivenUp(BaseException):  # not an error: psycopg_pool must not handle it
 
 
 _in_worker: ContextVar[bool] = ContextVar("poolkeeper_in_worker", default=False)
+_in_own_task: ContextVar[bool] = ContextVar("poolkeeper_in_own_task", default=False)
+
+
+async def run_own(work: Awaitable[None]) -> None:
+    """Do *work* in this task, which is the pool's own."""
+    _in_own_task.set(True)
+    await work
+
+
+def in_own_task() -> bool:
+    """Tell whether a task of a pool is running, a worker for one, not one of the user's."""
+    return _in_own_task.get()
 
 
 @contextmanager
@@ -119,6 +131,7 @@ async def run_worker(worker: Callable[[Any], Awaitable[None]], queue: Any) -> No
         psycopg_pool 3.3, ``AsyncConnectionPool.worker``; psycopg issue 1315.
     """
     _in_worker.set(True)
+    _in_own_task.set(True)
     endable = _EndableQueue(queue)
     try:
         await worker(endable)

@@ -16,9 +16,11 @@ and what a borrower changed on the object is gone with the object.
 from __future__ import annotations
 
 import asyncio
+import socket
 import weakref
 from collections import deque
 from collections.abc import Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self, cast
 
@@ -37,6 +39,9 @@ from ._where import Place
 from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
+
+CANCEL_GRACE = 1.0
+"""Seconds that a server has to stop a query of which nobody wants the result any more."""
 
 # Parameters of a session that PostgreSQL reports when they change (search_path: since 18) and
 # that a client can change. Documented in "Asynchronous Operations", protocol chapter.
@@ -157,7 +162,16 @@ class BoundConnection(AsyncConnection[Any]):
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         if not self._binding.is_here():
             raise self._binding.mismatch("used to cancel a query")
-        await super().cancel_safe(timeout=timeout)
+        if not _compat.in_own_task():
+            await super().cancel_safe(timeout=timeout)
+            return
+        # psycopg stops the query of a task that is cancelled, here at the end of the program:
+        # it gives the server 5 s to take the request and 5 s to obey (psycopg 3.3).
+        try:
+            await super().cancel_safe(timeout=min(timeout, CANCEL_GRACE))
+        except BaseException:
+            shut_down(self.pgconn.socket)
+            raise
 
     @property
     def at_work(self) -> bool:
@@ -406,6 +420,12 @@ class Session:
         self.checkout = None
         conn.__class__ = cls._released_class
         return fresh
+
+
+def shut_down(fileno: int) -> None:
+    """Shut a socket down without closing its descriptor, which libpq owns."""
+    with suppress(OSError), socket.socket(fileno=socket.dup(fileno)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 class _Current:

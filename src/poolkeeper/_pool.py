@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -34,6 +33,7 @@ from . import _compat, _recovery
 from ._binding import LoopBinding, inherited
 from ._checkouts import Checkout, Line, Waiter
 from ._connection import (
+    CANCEL_GRACE,
     BoundConnection,
     ReleasedConnection,
     RetiredConnection,
@@ -42,6 +42,7 @@ from ._connection import (
     bound_class,
     retire,
     revoke,
+    shut_down,
 )
 from ._conninfo import normalise, parse
 from ._where import Place
@@ -63,9 +64,6 @@ IDLE = pq.TransactionStatus.IDLE
 ACTIVE = pq.TransactionStatus.ACTIVE
 BAD = pq.ConnStatus.BAD
 NO_PIPELINE = pq.PipelineStatus.OFF
-
-CANCEL_GRACE = 1.0
-"""Seconds that `close()` gives the server to stop the queries it cancels at its deadline."""
 
 
 class State(StrEnum):
@@ -613,7 +611,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         _compat.set_owner(conn, None)
         retire(conn)
         # Not closed: see _end_session().
-        _shut_down(session.pgconn.socket)
+        shut_down(session.pgconn.socket)
         _compat.count(self, self._RETURNS_BAD)
         if not self.closed:
             _compat.replace_lost(self)
@@ -638,7 +636,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _start_own_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start *work* in a task that `close()` waits for."""
-        task = asyncio.get_running_loop().create_task(work, name=f"{self.name}-release")
+        task = asyncio.get_running_loop().create_task(
+            _compat.run_own(work), name=f"{self.name}-release"
+        )
         self._returning.add(task)
         task.add_done_callback(self._returned)
         return task
@@ -800,16 +800,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
             elapsed = monotonic() - begin
             last = elapsed + pause > 0.75 * CANCEL_GRACE
             until = begin + (CANCEL_GRACE if last else elapsed + pause)
-            cancelling = asyncio.gather(
-                *(cast(Any, s.handle).cancel_safe(timeout=CANCEL_GRACE) for s in active),
-                return_exceptions=True,
-            )
+            requests = [asyncio.create_task(_request_cancel(session)) for session in active]
             if last:
                 # In this order: to cancel what a revoked connection runs does nothing.
                 for session in self._sessions:
                     asyncio.get_running_loop().call_soon(self._revoke, session)
-            await asyncio.wait({cancelling}, timeout=until - monotonic())
-            cancelling.cancel()
+            await asyncio.wait(requests, timeout=until - monotonic())
+            for request in requests:
+                request.cancel()
+            await asyncio.wait(requests)
             # libpq has no event for it: the task of the query reads the answer.
             while monotonic() < until and self._active():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
@@ -833,7 +832,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if _at_work(session):
             # Closing the socket would free its descriptor under the event loop's feet; shut
             # down, it reads as closed by the server.
-            _shut_down(session.pgconn.socket)
+            shut_down(session.pgconn.socket)
         else:
             session.pgconn.finish()
 
@@ -1002,16 +1001,16 @@ class _Autocommit(AbstractAsyncContextManager[None]):
             await self._conn.set_autocommit(False)
 
 
+async def _request_cancel(session: Session) -> None:
+    if (handle := session.handle) is not None:
+        with suppress(Exception):
+            await handle.cancel_safe(timeout=CANCEL_GRACE)
+
+
 def _at_work(session: Session) -> bool:
     """Tell whether a task is at work on the socket of *session*, so that the loop watches it."""
     handle = session.handle
     return handle is not None and session.pgconn.status != BAD and handle.at_work
-
-
-def _shut_down(fileno: int) -> None:
-    """Shut a socket down without closing its descriptor, which libpq owns."""
-    with suppress(OSError), socket.socket(fileno=socket.dup(fileno)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def _attempts(number: int) -> str:
