@@ -158,12 +158,15 @@ class _EndableEvent(AEvent):
 
     @override
     async def wait_timeout(self, timeout: float) -> bool:
-        # asyncio.wait_for() of Python 3.11 drops a cancellation that arrives together with
-        # the event (cpython issue 86296).
+        # Not with asyncio.wait_for(), as psycopg_pool does: that of Python 3.11 makes a task,
+        # which nobody could forget when its loop is gone, and drops a cancellation that arrives
+        # together with the event (cpython issue 86296).
         _end_if_cancelled()
-        happened = await super().wait_timeout(timeout)
-        _end_if_cancelled()
-        return happened
+        try:
+            async with asyncio.timeout(timeout):
+                return await self.wait()
+        except TimeoutError:
+            return False
 
 
 def _end_if_cancelled() -> None:

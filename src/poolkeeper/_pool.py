@@ -890,6 +890,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             )
         else:
             for session in sessions:
+                self._revoke(session)
                 session.pgconn.finish()
             for task in tasks:
                 # Its awaits end in "Event loop is closed".
