@@ -221,7 +221,11 @@ class PoolManager(Generic[ACT_co]):
         """
         seconds = self._open_timeout if timeout is None else timeout
         await self._pool.open(wait=wait, timeout=seconds)
-        self._warn_of_duplicate()
+        try:
+            self._warn_of_duplicate()
+        except DuplicatePoolWarning:  # an error, where warnings are
+            await self._pool.close(0)
+            raise
         _open_managers.add(self)
 
     async def close(self, timeout: float | None = None) -> None:

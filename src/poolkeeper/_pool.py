@@ -738,10 +738,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
         for conn in _compat.refuse_clients(self):
             conn.pgconn.finish()
         interruption: asyncio.CancelledError | None = None
+        begin = monotonic()
         try:
-            await self._until_free(monotonic() + timeout)
+            await self._until_free(begin + timeout)
         except asyncio.CancelledError as ex:
             interruption = ex
+        waited = monotonic() - begin
         late = [
             f"{checkout}, held for {checkout.held_seconds:.1f} s" for checkout in self.checkouts()
         ]
@@ -766,7 +768,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             logger.warning(
                 'pool "%s" was closed after %.2f s with %d connection(s) still in use: %s',
                 self.name,
-                timeout,
+                waited,
                 len(late),
                 "; ".join(late),
             )

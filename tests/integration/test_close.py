@@ -341,7 +341,7 @@ async def test_who_was_late_is_named(db: PoolManager, caplog: pytest.LogCaptureF
     records = [record for record in caplog.records if record.name == "poolkeeper"]
     assert [record.levelname for record in records] == ["WARNING"]
     assert re.fullmatch(
-        r'pool "orders" was closed after 0\.10 s with 1 connection\(s\) still in use:'
+        r'pool "orders" was closed after 0\.1\d s with 1 connection\(s\) still in use:'
         r' in task "report-7" at tests/integration/test_close\.py:\d+, held for 0\.\d s',
         records[0].getMessage(),
     )

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
@@ -16,7 +17,14 @@ import psycopg
 import pytest
 from psycopg_pool import PoolClosed
 
-from poolkeeper import ClosedError, LoopMismatchError, NotOpenError, OpenError, PoolManager
+from poolkeeper import (
+    ClosedError,
+    DuplicatePoolWarning,
+    LoopMismatchError,
+    NotOpenError,
+    OpenError,
+    PoolManager,
+)
 from poolkeeper._embedded import EmbeddedServer, free_port
 from tests.support.proxy import FaultProxy
 from tests.support.server import PASSWORD, admin, eventually
@@ -498,6 +506,20 @@ async def test_a_cancelled_open_ends_a_configure_callback_at_work(
     del opening
     await before.is_back()
     assert eventually(lambda: server_sessions("poolkeeper:sleepy") == 0)
+
+
+async def test_a_duplicate_that_is_an_error_leaves_nothing(
+    db: PoolManager[Any], make_manager: MakeManager, server_sessions: CountSessions
+) -> None:
+    before = Before()
+    manager = make_manager(min_size=1, name="second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DuplicatePoolWarning):
+            await manager.open()
+    assert manager.state == "closed"
+    await before.is_back()
+    assert eventually(lambda: server_sessions("poolkeeper:second") == 0)
 
 
 # --- several at once -----------------------------------------------------------------------
