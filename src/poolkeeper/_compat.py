@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from time import monotonic
+from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 from psycopg import AsyncConnection
@@ -108,15 +109,23 @@ def in_own_task() -> bool:
     return _in_own_task.get()
 
 
-@contextmanager
-def cancellation_ends_worker() -> Generator[None]:
-    """Let a cancellation of the block end the worker that runs it, if one does."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        if _in_worker.get():
+class cancellation_ends_worker(AbstractContextManager[None]):  # noqa: N801 - a statement
+    """
+    Let a cancellation of the block end the worker that runs it, if one does.
+
+    Not made of a generator: from Python 3.12 on, the frames of a connection attempt that is
+    cancelled inside one are kept, and its socket with them, for good.
+    """
+
+    @override
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(exc, asyncio.CancelledError) and _in_worker.get():
             raise GivenUp from None
-        raise
 
 
 async def run_worker(worker: Callable[[Any], Awaitable[None]], queue: Any) -> None:
