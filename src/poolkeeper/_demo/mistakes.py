@@ -424,7 +424,7 @@ def cancelled_twice() -> None:
 
     async def client() -> None:
         while perf_counter() < until:
-            with suppress(TimeoutError, ExceptionGroup):
+            with suppress(TimeoutError, ExceptionGroup, asyncio.CancelledError):  # 3.11.2
                 async with asyncio.timeout(chance.random() * 0.05):
                     async with asyncio.TaskGroup() as group:
                         group.create_task(impatient())
