@@ -98,9 +98,11 @@ class FaultProxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _shut(self) -> None:
-        self._server.close()
-        for _ in range(5):  # asyncio leaks a socket whose accept is cancelled before it began
+        for listening in self._server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        for _ in range(5):  # asyncio leaks what it is accepting when the server is closed
             await asyncio.sleep(0)
+        self._server.close()
         await self._cut()
         current = asyncio.current_task()
         rest = [task for task in asyncio.all_tasks() if task is not current]
