@@ -17,7 +17,7 @@ BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
 	print(f"branches alone: {percent:.2f} %"); \
 	sys.exit(percent < int(sys.argv[1]))
 
-.PHONY: help demo test check lint types matrix build clean
+.PHONY: help demo test check lint types matrix bench build clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -51,6 +51,10 @@ types:  ## mypy and pyright, both strict
 matrix:  ## the suite on every Python there is, uvloop, debug mode, oldest dependencies
 	@scripts/venv dev
 	$(RUN) -m nox --session tests $(ARGS)
+
+bench:  ## benchmarks beside other pools, into docs/; SLOW=1 for the outages too
+	@scripts/venv bench
+	$(RUN) -m benchmarks $(if $(SLOW),--slow) $(ARGS)
 
 build:  ## wheel and sdist, in dist/
 	@scripts/venv test
