@@ -124,11 +124,11 @@ async def make_manager(dsn: str) -> AsyncIterator[Callable[..., PoolManager]]:
 
 
 @pytest.fixture
-async def db(make_manager: Callable[..., PoolManager]) -> AsyncIterator[PoolManager]:
+async def db(make_manager: Callable[..., PoolManager]) -> PoolManager:
     """An open manager: two connections, at most four."""
     manager = make_manager(min_size=2, max_size=4, name="orders", timeout=5)
     await manager.open()
-    yield manager
+    return manager
 
 
 @pytest.fixture(autouse=True)

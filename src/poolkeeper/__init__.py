@@ -2,8 +2,10 @@
 poolkeeper: keeps psycopg's async connection pool alive, on the right event loop, and honest.
 """
 
+from ._diagnosis import Diagnosis, Finding
 from ._manager import PoolManager
 from ._pool import BoundPool
+from ._snapshot import CheckoutRow, LoadRow, PoolSnapshot, WaiterRow
 from .errors import (
     AcquireTimeout,
     ClosedError,
@@ -15,6 +17,7 @@ from .errors import (
     OpenError,
     PoolkeeperError,
     ReleasedConnectionError,
+    SelfDeadlockError,
     TooManyWaitersError,
     UnclosedManagerWarning,
 )
@@ -24,17 +27,24 @@ __version__ = "0.1.0"
 __all__ = [
     "AcquireTimeout",
     "BoundPool",
+    "CheckoutRow",
     "ClosedError",
     "ConfigError",
+    "Diagnosis",
     "DuplicatePoolWarning",
+    "Finding",
+    "LoadRow",
     "LoopMismatchError",
     "MissingDependencyError",
     "NotOpenError",
     "OpenError",
     "PoolManager",
+    "PoolSnapshot",
     "PoolkeeperError",
     "ReleasedConnectionError",
+    "SelfDeadlockError",
     "TooManyWaitersError",
     "UnclosedManagerWarning",
+    "WaiterRow",
     "__version__",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from asyncio import proactor_events
+from asyncio import _get_running_loop, proactor_events
 from collections.abc import Callable
 
 from ._where import Place, running_loop
@@ -30,7 +30,7 @@ class LoopBinding:
     loop (its `id()`) may be given to the next one.
     """
 
-    __slots__ = ("__weakref__", "_forked", "_loop", "name", "opened", "pool")
+    __slots__ = ("__weakref__", "_forked", "name", "opened", "owner_loop", "pool")
 
     pool: weakref.ref[object] | None
     """The pool, which a forked child must not finalise."""
@@ -68,20 +68,18 @@ class LoopBinding:
                 " Playwright), run the pool in a thread of its own with a selector loop."
                 f" {see('loop-mismatch')}",
             )
-        self._loop: Callable[[], asyncio.AbstractEventLoop | _Never | None] = weakref.ref(loop)
+        self.owner_loop: Callable[[], asyncio.AbstractEventLoop | _Never | None] = weakref.ref(loop)
         _bindings.add(self)
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the owner loop, in the owner process."""
-        try:
-            return self._loop() is asyncio.get_running_loop()
-        except RuntimeError:
-            return False
+        running = _get_running_loop()
+        return running is not None and running is self.owner_loop()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The owner loop; None when it is gone or belongs to another process."""
-        loop = self._loop()
+        loop = self.owner_loop()
         return None if isinstance(loop, _Never) else loop
 
     @property
@@ -95,50 +93,50 @@ class LoopBinding:
         loop = self.loop
         return loop is None or loop.is_closed()
 
-    def check(self, doing: str) -> None:
+    def check(self, purpose: str) -> None:
         """
         Return if the caller is where the pool belongs, raise otherwise.
 
         Args:
-            doing: What was refused, for the message: ``"acquired from"``.
+            purpose: What the pool was used for: ``"acquire a connection"``.
 
         Raises:
             LoopMismatchError: With both places.
         """
         if not self.is_here():
-            raise self.mismatch(doing)
+            raise self.mismatch(purpose)
 
-    def mismatch(self, doing: str) -> LoopMismatchError:
-        """Return the error that says where the pool belongs and where it was used."""
+    def mismatch(self, purpose: str) -> LoopMismatchError:
+        """Return the error that says where the pool belongs, where it was used, and what for."""
         used = Place.here()
         loop = self.loop
         if self._forked:
             return LoopMismatchError(
                 f'pool "{self.name}" was opened in another process',
                 detail=f"Opened {self.opened.describe()} in process {self.opened.pid}."
-                f" It was {doing} {used} in process {os.getpid()}, forked from it.",
+                f" Used {used} in process {os.getpid()}, forked from it, to {purpose}.",
                 hint="Open the pool in each process, after the fork: await manager.open()."
                 " The parent's connections stay the parent's. With gunicorn, open it in the"
                 f" application's lifespan, not at import under --preload. {see('fork')}",
             )
         if used.loop == "no event loop":
             return LoopMismatchError(
-                f'pool "{self.name}" was {doing} outside of its event loop',
-                detail=f"Opened {self._owner_in_words()}. It was {doing} {used}.",
+                f'pool "{self.name}" was used outside of its event loop',
+                detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
                 hint=f"Await it from a coroutine on the loop that opened the pool."
                 f" {see('loop-mismatch')}",
             )
         if loop is None or loop.is_closed():
             return LoopMismatchError(
                 f'pool "{self.name}" is bound to an event loop that is closed',
-                detail=f"Opened {self._owner_in_words()}. It was {doing} {used}.",
+                detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
                 hint="Every asyncio.run() makes a new loop: open the pool in the one that uses"
                 ' it, with "async with manager:". Under pytest, give fixture and test the same'
                 f" loop scope. {see('loop-mismatch')}",
             )
         return LoopMismatchError(
             f'pool "{self.name}" is bound to a different event loop',
-            detail=f"Opened {self._owner_in_words()}. It was {doing} {used}.",
+            detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
             hint="Open one PoolManager per event loop, or hand the work to the owner loop with"
             f" asyncio.run_coroutine_threadsafe(). {see('loop-mismatch')}",
         )
@@ -150,7 +148,7 @@ class LoopBinding:
 
     def _after_fork_in_child(self) -> None:
         self._forked = True
-        self._loop = _never
+        self.owner_loop = _never
         if self.pool is not None:
             inherited.append(self.pool())
 

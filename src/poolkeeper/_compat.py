@@ -12,11 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from time import monotonic
-from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 from psycopg import AsyncConnection
@@ -42,9 +37,13 @@ class Line(Protocol):
 # --- one life of a pool ------------------------------------------------------------------
 
 
-def begin_life(pool: AnyPool, line: Line, settings: dict[str, Any]) -> None:
+def begin_life(pool: AnyPool, line: Line, settings: dict[str, Any]) -> deque[Any]:
     """
     Put *pool* into the state of one that was never opened, with *line* as its queue.
+
+    Returns:
+        Its idle connections, the next to be handed out first: the live deque, which psycopg_pool
+        changes and never replaces.
 
     psycopg_pool refuses to open a pool twice. Its constructor sets all the state there is, but
     for the lock, which it makes in ``open()`` and only where there is none.
@@ -54,6 +53,7 @@ def begin_life(pool: AnyPool, line: Line, settings: dict[str, Any]) -> None:
     # Waiters are popped, and told, by _add_to_pool() and close(); the growth of the pool goes
     # on while there are any. Ours answer to the same calls: see _checkouts.Waiter.
     pool._waiting = line  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    return pool._pool
 
 
 def end_life(pool: AnyPool) -> tuple[list[AnyConnection], list[asyncio.Task[None]]]:
@@ -90,78 +90,6 @@ def forget_task(task: asyncio.Task[None]) -> None:
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class GivenUp(BaseException):  # not an error: psycopg_pool must not handle it
-    """Raised instead of a cancellation where psycopg_pool's worker would swallow one."""
-
-
-_in_worker: ContextVar[bool] = ContextVar("poolkeeper_in_worker", default=False)
-_in_own_task: ContextVar[bool] = ContextVar("poolkeeper_in_own_task", default=False)
-
-
-async def run_own(work: Awaitable[None]) -> None:
-    """Do *work* in this task, which is the pool's own."""
-    _in_own_task.set(True)
-    await work
-
-
-def in_own_task() -> bool:
-    """Tell whether a task of a pool is running, a worker for one, not one of the user's."""
-    return _in_own_task.get()
-
-
-class cancellation_ends_worker(AbstractContextManager[None]):  # noqa: N801 - a statement
-    """
-    Let a cancellation of the block end the worker that runs it, if one does.
-
-    Not made of a generator: from Python 3.12 on, the frames of a connection attempt that is
-    cancelled inside one are kept, and its socket with them, for good.
-    """
-
-    @override
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(exc, asyncio.CancelledError) and _in_worker.get():
-            raise GivenUp from None
-
-
-async def run_worker(worker: Callable[[Any], Awaitable[None]], queue: Any) -> None:
-    """
-    Run psycopg_pool's *worker* on *queue* in such a way that a cancellation ends it.
-
-    A worker swallows a cancellation that finds it at work (connecting, say), logs an empty
-    message, goes back to its queue and waits there for ever, while ``asyncio.run()`` waits for
-    it. What it was at goes back to the queue, for another worker.
-
-    Source:
-        psycopg_pool 3.3, ``AsyncConnectionPool.worker``; psycopg issue 1315.
-    """
-    _in_worker.set(True)
-    _in_own_task.set(True)
-    endable = _EndableQueue(queue)
-    try:
-        await worker(endable)
-    except GivenUp:
-        queue.put_nowait(endable.current)
-        raise asyncio.CancelledError from None
-
-
-class _EndableQueue:
-    """A queue whose reader ends once its task was cancelled, even if it swallowed that."""
-
-    def __init__(self, queue: asyncio.Queue[Any]) -> None:
-        self._queue = queue
-        self.current: Any = None
-
-    async def get(self) -> Any:
-        _end_if_cancelled()
-        self.current = await self._queue.get()
-        return self.current
-
-
 class _EndableEvent(AEvent):
     """An event whose waiter ends once its task was cancelled, even if that was swallowed."""
 
@@ -192,15 +120,10 @@ def make_scheduler_endable(pool: AnyPool) -> None:
 # --- the stock of connections --------------------------------------------------------------
 
 
-def idle(pool: AnyPool) -> deque[Any]:
-    """Return the idle connections of *pool*, the next to be handed out first: the live deque."""
-    return pool._pool
-
-
-def note_idle_low(pool: AnyPool) -> None:
-    """Tell *pool* that an idle connection was taken, for it to know what it can shrink by."""
-    if len(pool._pool) < pool._nconns_min:
-        pool._nconns_min = len(pool._pool)
+def note_idle_low(pool: AnyPool, left: int) -> None:
+    """Tell *pool* how many idle connections are left, for it to know what it can shrink by."""
+    if left < pool._nconns_min:
+        pool._nconns_min = left
 
 
 def total(pool: AnyPool) -> int:
@@ -209,13 +132,75 @@ def total(pool: AnyPool) -> int:
 
 
 def grow(pool: AnyPool) -> None:
-    """Start one more connection if *pool* has room and is not growing already."""
+    """Ask for one more connection if *pool* has room and is not growing already."""
     pool._maybe_grow_pool()
 
 
-def replace_lost(pool: AnyPool) -> None:
-    """Start a connection in place of one that is gone."""
+def adds_connection(task: object) -> bool:
+    """Tell whether a piece of maintenance work is the making of a connection."""
+    return isinstance(task, AddConnection)
+
+
+def replace_lost(pool: AnyPool, *, found_idle: bool = False) -> None:
+    """Ask for a connection in place of one that is gone."""
+    if found_idle:
+        pool._stats[pool._CONNECTIONS_LOST] += 1
     pool.run_task(AddConnection(pool))
+
+
+async def connect(pool: AnyPool) -> AnyConnection:
+    """Make one connection for *pool*, and configure it."""
+    conn: AnyConnection = await pool._connect()
+    return conn
+
+
+async def add(pool: AnyPool, conn: AnyConnection) -> None:
+    """
+    Add a new connection to *pool* and let the growth go on, one connection at a time.
+
+    Source:
+        psycopg_pool 3.3 does the same in a worker.
+    """
+    await pool._add_to_pool(conn)
+    pool._growing = False
+    if pool._nconns < pool._min_size or pool._waiting:
+        pool._maybe_grow_pool()
+
+
+def resize(pool: AnyPool, min_size: int, max_size: int | None) -> None:
+    """
+    Set the sizes, and ask for the connections that are missing at the new minimum.
+
+    psycopg_pool 3.3 asks for as many as the minimum is raised by, whatever there are already:
+    it may come to have more than its maximum.
+    """
+    pool._min_size, pool._max_size = pool._check_size(min_size, max_size)
+    while pool._nconns < pool._min_size:
+        pool._nconns += 1
+        pool.run_task(AddConnection(pool))
+
+
+def forget_connections(pool: AnyPool, number: int) -> None:
+    """Count *number* fewer connections: they were to be made, and are not needed any more."""
+    pool._nconns -= number
+    pool._growing = False
+
+
+def tasks_go_on(pool: AnyPool) -> bool:
+    """Tell whether nobody has cancelled the maintenance tasks of *pool*."""
+    tasks = [*pool._workers, pool._sched_runner]
+    return all(task and not task.done() and not task.cancelling() for task in tasks)
+
+
+def mend(pool: AnyPool) -> None:
+    """Start the maintenance tasks of *pool* again if somebody has cancelled them."""
+    if tasks_go_on(pool):
+        return
+    for task in (*pool._workers, pool._sched_runner):
+        if task is not None:
+            task.cancel()
+    pool._workers = []
+    pool._start_workers()
 
 
 def set_owner(conn: AnyConnection, pool: AnyPool | None) -> None:
@@ -228,9 +213,9 @@ def owner(conn: AnyConnection) -> object:
     return getattr(conn, "_pool", None)
 
 
-def is_expired(pool: AnyPool, conn: AnyConnection) -> bool:
+def is_expired(pool: AnyPool, conn: AnyConnection, now: float) -> bool:
     """Tell whether *conn* is past its lifetime, or older than the last ``drain()``."""
-    return conn._expire_at <= monotonic() or conn._created_at <= pool._drained_at
+    return conn._expire_at <= now or conn._created_at <= pool._drained_at
 
 
 async def put_back(pool: AnyPool, conn: AnyConnection, *, from_getconn: bool = False) -> None:

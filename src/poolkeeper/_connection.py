@@ -16,23 +16,25 @@ and what a borrower changed on the object is gone with the object.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import weakref
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self, cast
+from time import monotonic
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, Self, cast
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, generators, pq, waiting
 from psycopg._connection_base import BaseConnection
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.types import TypesRegistry
 from typing_extensions import TypeVar, override
 
-from . import _compat
 from ._binding import LoopBinding
 from ._checkouts import Checkout
 from ._where import Place
@@ -40,8 +42,21 @@ from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
 
+IDLE = pq.TransactionStatus.IDLE
+UNKNOWN = pq.TransactionStatus.UNKNOWN
+BAD = pq.ConnStatus.BAD
+
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
+
+_in_own_task: ContextVar[bool] = ContextVar("poolkeeper_in_own_task", default=False)
+
+
+async def run_own(work: Callable[[], Awaitable[None]]) -> None:
+    """Do *work* in this task, which is the pool's own: nobody waits for a server's answer."""
+    _in_own_task.set(True)
+    await work()
+
 
 # Parameters of a session that PostgreSQL reports when they change (search_path: since 18) and
 # that a client can change. Documented in "Asynchronous Operations", protocol chapter.
@@ -69,16 +84,12 @@ class Keeper(Protocol):
         """Return *kwargs* completed for one connection attempt."""
         ...
 
-    def attempt_begins(self) -> None:
-        """Note that a connection attempt has started."""
-        ...
-
-    def attempt_ended(self, error: BaseException | None) -> None:
-        """Note that it ended; with what error, if it failed."""
-        ...
-
     def session_begins(self, session: Session) -> None:
         """Note a new server session."""
+        ...
+
+    def take_back_dropped(self, conn: BoundConnection, checkout: Checkout) -> None:
+        """Take a connection back that was garbage-collected while it was checked out."""
         ...
 
 
@@ -96,7 +107,7 @@ class BoundLock(asyncio.Lock):
     @override
     def acquire(self) -> Coroutine[Any, Any, Literal[True]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self._binding.is_here():
-            raise self._binding.mismatch("used through one of its connections")
+            raise self._binding.mismatch("work on one of its connections")
         return super().acquire()
 
 
@@ -110,7 +121,12 @@ class BoundConnection(AsyncConnection[Any]):
     _revoked_class: ClassVar[type[RetiredConnection]]
 
     _session: Session
+    _checkout: Checkout | None = None
+    _under_way: PQGen[Any] | None = None
     _lost_work: bool  # set when it is revoked
+
+    exits_like_psycopg: ClassVar[bool]
+    """True if the user's class leaves commit, rollback and the end of a block to psycopg."""
 
     @override
     @classmethod
@@ -118,51 +134,73 @@ class BoundConnection(AsyncConnection[Any]):
         keeper: Keeper | None = cls._keeper()
         if keeper is None:  # the pool is gone; its last worker is about to find out
             raise psycopg.InterfaceError("the pool of this connection class is gone")
-        keeper.attempt_begins()
-        try:
-            parameters = keeper.connect_parameters(conninfo, kwargs)
-            with _compat.cancellation_ends_worker():
-                conn = await super().connect(**parameters)
-        except BaseException as ex:
-            # Not kept in a variable: a cycle with the traceback would keep the socket open.
-            keeper.attempt_ended(ex)
-            raise
-        keeper.attempt_ended(None)
+        conn = await super().connect(**keeper.connect_parameters(conninfo, kwargs))
         conn.lock = cls._lock_class()
         conn._session = Session(conn)
         keeper.session_begins(conn._session)
         return conn
 
     @override
-    def wait(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, gen: PQGen[T], *args: Any, **kwargs: Any
-    ) -> Coroutine[Any, Any, T]:
+    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         # Every I/O of a connection, its cursors, transactions, pipelines and copies ends here.
-        # Not a coroutine function: one frame less for each.
         if not self._binding.is_here():
-            raise self._binding.mismatch("used through one of its connections")
-        # The rest goes on as it came: psycopg 3.3.0 knows no "timeout" yet.
-        return super().wait(gen, *args, **kwargs)
+            raise self._binding.mismatch("work on one of its connections")
+        # The arguments go on as they came: psycopg 3.3.0 knows no "timeout" yet.
+        work = super().wait(gen, *args, **kwargs)
+        self._under_way = gen
+        checkout = self._checkout
+        if checkout is None:  # the pool itself is at work on it
+            try:
+                # A task of the pool's is not worth a long wait for the server.
+                return await _Settled(work, CANCEL_GRACE if _in_own_task.get() else None)
+            finally:
+                self._under_way = None
+        began = checkout.busy_since = monotonic()
+        pgconn = self.pgconn
+        try:
+            return await _Settled(work, None)
+        finally:
+            self._under_way = None
+            if checkout.session is None:
+                # Taken away meanwhile, and the loop watches its socket no more. What is under
+                # way shall see that it is closed, and end with the error that it has.
+                pgconn.finish()
+            checkout.changed_at = now = monotonic()
+            checkout.busy_seconds += now - began
+            checkout.busy_since = 0.0
+            checkout.used = True
+
+    def is_in_block(self) -> bool:
+        """Tell whether a transaction(), a pipeline or a two-phase transaction is open."""
+        return bool(self._num_transactions or self._pipeline or self._tpc)
 
     @override
     async def close(self) -> None:
         if not self._binding.is_here():
             # In a forked child this would end the parent's session.
-            raise self._binding.mismatch("used to close one of its connections")
+            raise self._binding.mismatch("close one of its connections")
         await super().close()
+
+    def __del__(self, *args: Any) -> None:
+        checkout = self._checkout
+        if checkout is None or checkout.session is None or self._binding.dead:
+            super().__del__(*args)
+        elif (keeper := self._keeper()) is not None:
+            # Acquired, and dropped without being given back: the session is still good.
+            keeper.take_back_dropped(self, checkout)
 
     @override
     def cancel(self) -> None:
         # May be called from any thread, but in a forked child the query is the parent's.
         if self._binding.forked:
-            raise self._binding.mismatch("used to cancel a query")
+            raise self._binding.mismatch("cancel a query")
         super().cancel()
 
     @override
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         if not self._binding.is_here():
-            raise self._binding.mismatch("used to cancel a query")
-        if not _compat.in_own_task():
+            raise self._binding.mismatch("cancel a query")
+        if not _in_own_task.get():
             await super().cancel_safe(timeout=timeout)
             return
         # psycopg stops the query of a task that is cancelled, here at the end of the program:
@@ -170,8 +208,53 @@ class BoundConnection(AsyncConnection[Any]):
         try:
             await super().cancel_safe(timeout=min(timeout, CANCEL_GRACE))
         except BaseException:
-            shut_down(self.pgconn.socket)
+            shut_down(self.pgconn)
             raise
+
+    async def _try_cancel(self, *, timeout: float = 5.0) -> None:
+        """
+        Stop the query of a task that was cancelled, and read how it ends; psycopg calls this.
+
+        psycopg asks the server once, which forgets a request that arrives before the query does,
+        and closes the connection if the query ends by an error of its own (3.3.9).
+        """
+        gen = self._under_way
+        if gen is None:
+            await super()._try_cancel(timeout=timeout)
+            return
+        if _in_own_task.get():
+            timeout = min(timeout, CANCEL_GRACE)
+        ended = asyncio.Event()
+        asking = asyncio.ensure_future(self._keep_asking(ended, monotonic() + timeout))
+        try:
+            async with asyncio.timeout(timeout):
+                await waiting.wait_async(gen, self.pgconn.socket, interval=0.1)
+        except TimeoutError:
+            shut_down(self.pgconn)
+        except Exception:
+            pass  # nobody is there any more to be told; psycopg finds what it reads at its end
+        finally:
+            ended.set()
+            await asking  # a request that is on its way could stop the next query
+
+    async def _keep_asking(self, ended: asyncio.Event, until: float) -> None:
+        pause = 0.01
+        while not ended.is_set() and (left := until - monotonic()) > 0:
+            await super()._try_cancel(timeout=left)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), min(pause, max(0.0, until - monotonic())))
+            pause *= 2
+
+    async def end_command(self) -> None:
+        """
+        Stop a command whose answer was not read to its end, and read it.
+
+        A COPY, say, that was cancelled and then cancelled again while psycopg ended it.
+        """
+        with suppress(psycopg.Error, TimeoutError):
+            async with asyncio.timeout(CANCEL_GRACE):
+                await self.cancel_safe(timeout=CANCEL_GRACE)
+                await self.wait(_rest_of_the_answer(self.pgconn))
 
     @property
     def at_work(self) -> bool:
@@ -187,12 +270,20 @@ class RetiredConnection(BoundConnection):
     descriptors here, so they hide the attributes that the instance still has.
     """
 
-    def refusal(self, doing: str) -> PoolkeeperError:
-        """Return the error that says why the handle cannot be *doing* ("used") any more."""
+    def refusal(self) -> PoolkeeperError:
+        """Return the error that says why the handle cannot be used any more."""
         raise NotImplementedError
 
     def _refuse(self) -> NoReturn:
-        raise self.refusal("used")
+        raise self.refusal()
+
+    def _history(self, last: str) -> str:
+        """Return where the handle was acquired, what was done with it *last*, and whose it was."""
+        checkout: Checkout | None = vars(self).get("_checkout")
+        acquired = f"Acquired {checkout}. " if checkout else ""
+        return f"{acquired}{last} {Place.here()}. The pool was opened {self._binding.opened}."
+
+    exits_like_psycopg = False
 
     pgconn = property(_refuse)
     lock = property(_refuse)
@@ -235,14 +326,17 @@ class ReleasedConnection(RetiredConnection):
     """A handle that was given back."""
 
     @override
-    def refusal(self, doing: str) -> ReleasedConnectionError:
-        name = self._binding.name
-        checkout: Checkout | None = vars(self).get("_checkout")
-        got = f"Acquired {checkout}. " if checkout else ""
+    def refusal(self) -> ReleasedConnectionError:
+        return self._released("used after it was given back", "Used")
+
+    def given_back_twice(self) -> ReleasedConnectionError:
+        """Return the error that says that the handle was given back before."""
+        return self._released("given back twice", "Given back again")
+
+    def _released(self, what: str, last: str) -> ReleasedConnectionError:
         return ReleasedConnectionError(
-            f'connection of pool "{name}" was {doing} after it was given back',
-            detail=f"{got}It was {doing} {Place.here()}."
-            f" The pool was opened {self._binding.opened}.",
+            f'connection of pool "{self._binding.name}" was {what}',
+            detail=self._history(last),
             hint="The session may be another task's by now. Keep the work inside the"
             ' "async with" block, acquire a connection of its own for work that outlives it, and'
             f" give a connection back once. {see('released')}",
@@ -262,14 +356,10 @@ class RevokedConnection(RetiredConnection):
         pass  # it is closed
 
     @override
-    def refusal(self, doing: str) -> ClosedError:
-        name = self._binding.name
-        checkout: Checkout | None = vars(self).get("_checkout")
-        got = f"Acquired {checkout}. " if checkout else ""
+    def refusal(self) -> ClosedError:
         return ClosedError(
-            f'pool "{name}" was closed while this connection was in use',
-            detail=f"{got}It was {doing} {Place.here()}."
-            f" The pool was opened {self._binding.opened}.",
+            f'pool "{self._binding.name}" was closed while this connection was in use',
+            detail=self._history("Used"),
             hint="Work that was not committed is rolled back. Give close() a longer timeout, or"
             f" end the tasks that use the pool before it is closed. {see('closed')}",
         )
@@ -286,6 +376,10 @@ def bound_class(
 
     bound = derive(
         "Bound", BoundConnection, user_class, _keeper=weakref.ref(keeper), _binding=binding
+    )
+    bound.exits_like_psycopg = all(
+        getattr(user_class, name) is getattr(AsyncConnection, name)
+        for name in ("__aexit__", "commit", "rollback")
     )
     bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
     bound._released_class = derive("Released", ReleasedConnection, bound)
@@ -319,16 +413,20 @@ class Session:
         "_notice_handlers",
         "_notify_handlers",
         "_parameters",
+        "_poll",
         "_prepare",
         "checkout",
+        "in_pool",
         "pgconn",
+        "released_at",
     )
 
     def __init__(self, conn: BoundConnection) -> None:
         self.pgconn = conn.pgconn
+        self.released_at = 0.0
         self.checkout: Checkout | None = None
-        self._handle = _Current(conn)
-        self._fixed: dict[str, Any] | None = None
+        self.in_pool = False
+        self._handle = weakref.ref(conn)
 
     @property
     def handle(self) -> BoundConnection | None:
@@ -339,33 +437,44 @@ class Session:
         """
         Remember *conn* as it is: what every later borrower shall find.
 
-        Called when it is handed out for the first time, so after ``configure``.
+        Called when it joins the pool, so after ``configure``.
         """
-        if self._fixed is not None:
-            return
         conn._adapters = _WatchedAdapters(conn.adapters)
         self._adapters = AdaptersMap(conn._adapters)
-        self._notice_handlers = tuple(conn._notice_handlers)
-        self._notify_handlers = tuple(conn._notify_handlers)
+        self._notice_handlers = conn._notice_handlers.copy()
+        self._notify_handlers = conn._notify_handlers.copy()
         self._prepare = (conn._prepared.prepare_threshold, conn._prepared.prepared_max)
-        self._parameters = tuple(map(conn.pgconn.parameter_status, REPORTED_PARAMETERS))
-        # Bound once to whichever handle is current, not to each handle in turn.
-        current = cast("weakref.ref[Any]", self._handle)
-        conn.pgconn.notice_handler = partial(BaseConnection._notice_handler, current)
-        conn.pgconn.notify_handler = partial(BaseConnection._notify_handler, current)
+        self._parameters = self._reported_parameters()
+        self._poll = _poll_for(conn.pgconn.socket)
+        # Bound once to whichever handle is current, not to each handle in turn. Through a weak
+        # reference, so that a connection that is dropped is gone at once.
+        current = _CurrentHandle(weakref.ref(self))
+        conn.pgconn.notice_handler = partial(BaseConnection._notice_handler, cast(Any, current))
+        conn.pgconn.notify_handler = partial(BaseConnection._notify_handler, cast(Any, current))
         fixed = dict(vars(conn))
         for per_handle in (
             "_adapters", "_notice_handlers", "_notify_handlers", "_notifies_backlog", "_pool",
-            "_checkout", "lock", "pgconn",
+            "_checkout", "lock", "_session", "pgconn",
         ):  # fmt: skip
             fixed.pop(per_handle, None)
+        fixed["_pool"] = None
         self._fixed = fixed
+        self.in_pool = True
+
+    def is_quiet(self) -> bool:
+        """
+        Tell whether nothing has come from the server. Costs no round trip.
+
+        An idle session that is not quiet was ended, or has something harmless to say.
+        """
+        return self.pgconn.status != BAD and not self._poll()
+
+    def _reported_parameters(self) -> tuple[bytes | None, ...]:
+        return tuple(map(self.pgconn.parameter_status, REPORTED_PARAMETERS))
 
     def changed_parameters(self) -> list[tuple[bytes, bytes | None]]:
         """Return the reported parameters that are not as they were, with what they were."""
-        now = tuple(map(self.pgconn.parameter_status, REPORTED_PARAMETERS))
-        if now == self._parameters:
-            return []
+        now = self._reported_parameters()
         return [
             (name, was)
             for name, was, value in zip(REPORTED_PARAMETERS, self._parameters, now, strict=True)
@@ -375,7 +484,7 @@ class Session:
     @property
     def parameters_unchanged(self) -> bool:
         """True if every reported parameter is as it was. Costs no round trip."""
-        return tuple(map(self.pgconn.parameter_status, REPORTED_PARAMETERS)) == self._parameters
+        return self._reported_parameters() == self._parameters
 
     @staticmethod
     def forget_prepared(conn: BoundConnection) -> None:
@@ -398,59 +507,190 @@ class Session:
 
         The new one is as the first one was when it left ``configure``.
         """
-        assert self._fixed is not None
         cls = type(conn)
-        adapters = conn._adapters
+        old = conn.__dict__
         fresh = cls.__new__(cls)
-        attributes = vars(fresh)
-        attributes.update(self._fixed)
-        attributes["pgconn"] = self.pgconn
-        attributes["lock"] = cls._lock_class()
-        attributes["_notice_handlers"] = list(self._notice_handlers)
-        attributes["_notify_handlers"] = list(self._notify_handlers)
-        attributes["_notifies_backlog"] = deque()
-        attributes["_pool"] = None
-        if type(adapters) is not _WatchedAdapters or adapters.touched:
-            adapters = _WatchedAdapters(self._adapters)
-        attributes["_adapters"] = adapters
-        prepared = conn._prepared
-        if (prepared.prepare_threshold, prepared.prepared_max) != self._prepare:
-            prepared.prepare_threshold, prepared.prepared_max = self._prepare
-        self._handle.set(fresh)
-        self.checkout = None
+        new = fresh.__dict__
+        new.update(self._fixed)
+        new["pgconn"] = self.pgconn
+        new["_session"] = self
+        new["lock"] = old["lock"]  # free: release() hands on nothing that a task is at work on
+        new["_notice_handlers"] = self._notice_handlers.copy()
+        new["_notify_handlers"] = self._notify_handlers.copy()
+        backlog = old["_notifies_backlog"]
+        new["_notifies_backlog"] = deque() if backlog or backlog is None else backlog
+        adapters = old["_adapters"]
+        new["_adapters"] = _WatchedAdapters(self._adapters) if adapters.touched else adapters
+        prepared = old["_prepared"]
+        threshold, most = self._prepare
+        if prepared.prepare_threshold != threshold or prepared.prepared_max != most:
+            prepared.prepare_threshold, prepared.prepared_max = threshold, most
+        self._handle = weakref.ref(fresh)
         conn.__class__ = cls._released_class
         return fresh
 
 
-def shut_down(fileno: int) -> None:
-    """Shut a socket down without closing its descriptor, which libpq owns."""
-    with suppress(OSError), socket.socket(fileno=socket.dup(fileno)) as duplicate:
+def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
+    """Read all that the server sends for a command, and drop it."""
+    while (result := (yield from generators.fetch(pgconn))) is not None:
+        if result.status == pq.ExecStatus.COPY_OUT:
+            with suppress(psycopg.Error):  # of the command
+                while isinstance((yield from generators.copy_from(pgconn)), memoryview):
+                    pass
+        elif result.status == pq.ExecStatus.COPY_IN:
+            with suppress(psycopg.Error):
+                yield from generators.copy_end(pgconn, b"not ended by the client")
+
+
+def _poll_for(fileno: int) -> Callable[[], object]:
+    """Return a function that says, at once, whether *fileno* can be read."""
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(fileno, select.POLLIN)
+        return partial(poller.poll, 0)
+    return lambda: select.select([fileno], [], [], 0)[0]  # Windows
+
+
+def shut_down(pgconn: Any) -> None:
+    """Shut the socket of *pgconn* down without closing its descriptor, which libpq owns."""
+    with suppress(OSError), socket.socket(fileno=socket.dup(pgconn.socket)) as duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)
 
 
-class _Current:
-    """A weak reference that can be pointed elsewhere; called, as a `weakref.ref` is."""
+class _CurrentHandle:
+    """Called, as a `weakref.ref` is, gives the handle that stands for a session now."""
 
-    __slots__ = ("_ref",)
+    __slots__ = ("_session",)
 
-    def __init__(self, conn: BoundConnection) -> None:
-        self._ref = weakref.ref(conn)
+    def __init__(self, session: weakref.ref[Session]) -> None:
+        self._session = session
 
     def __call__(self) -> BoundConnection | None:
-        return self._ref()
+        session = self._session()
+        return session.handle if session is not None else None
 
-    def set(self, conn: BoundConnection) -> None:
-        self._ref = weakref.ref(conn)
+
+class _Settled(Generic[T]):
+    """
+    Awaits an I/O of psycopg so that a cancellation of it runs to its end.
+
+    Cancelled, psycopg asks the server to stop the query and waits for that, which keeps the
+    connection good. A second cancellation would interrupt this and cost the connection, and
+    there often is a second one: anyio repeats them on every turn of the loop, and so do
+    time-outs inside of time-outs. So the rest of the I/O is moved to a task of its own, which
+    nobody cancels. Then the cancellation goes on.
+
+    An ``asyncio.timeout()`` inside of the I/O ends by a cancellation of the task as well, and
+    takes it back: psycopg 3.3.0 on Python 3.12 does so every 0.1 s. Then the I/O goes on in the
+    other task, and its outcome is the caller's.
+    """
+
+    __slots__ = ("_patience", "_work")
+
+    def __init__(self, work: Coroutine[Any, Any, T], patience: float | None) -> None:
+        self._work = work
+        self._patience = patience
+        """Seconds that the rest may take from the first; None for as long as psycopg waits."""
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        work = self._work
+        try:
+            waits_for = work.send(None)
+            task = cast("asyncio.Task[Any]", asyncio.current_task())
+            requests = task.cancelling()
+            while True:
+                try:
+                    value = yield waits_for
+                except asyncio.CancelledError as cancellation:
+                    rest = _Rest(work, cancellation, task, requests)
+                    break
+                except BaseException as ex:
+                    waits_for = work.throw(ex)
+                else:
+                    waits_for = work.send(value)
+        except StopIteration as done:
+            return cast(T, done.value)
+        return cast(T, (yield from self._finish(rest).__await__()))
+
+    async def _finish(self, rest: _Rest) -> Any:
+        task = asyncio.ensure_future(_drive(rest))
+        until = self._deadline()
+        while not task.done():
+            if rest.taken_back:
+                until = None
+            elif until is not None and monotonic() >= until:
+                task.cancel()
+                until += CANCEL_GRACE
+            try:
+                await asyncio.wait({task}, timeout=until and max(0.0, until - monotonic()))
+            except asyncio.CancelledError as cancellation:
+                if rest.taken_back:  # so this is the first one
+                    rest.taken_back = False
+                    rest.cancellation = cancellation
+                    task.cancel()
+                    until = self._deadline()
+                else:
+                    until = until or monotonic() + CANCEL_GRACE
+        if rest.taken_back:
+            return task.result()
+        if not task.cancelled():
+            task.exception()  # the cancellation is what the caller gets
+        raise rest.cancellation
+
+    def _deadline(self) -> float | None:
+        return None if self._patience is None else monotonic() + self._patience
+
+
+class _Rest:
+    """What is left of an I/O that was cancelled in *task*, which had so many requests before."""
+
+    __slots__ = ("_requests", "_task", "_work", "cancellation", "taken_back")
+
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, Any],
+        cancellation: asyncio.CancelledError,
+        task: asyncio.Task[Any],
+        requests: int,
+    ) -> None:
+        self._work = work
+        self._task = task
+        self._requests = requests
+        self.cancellation = cancellation
+        self.taken_back = False
+        """True if it came from a time-out inside of the I/O, which has called ``uncancel()``."""
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        try:
+            try:
+                waits_for = self._work.throw(self.cancellation)
+            finally:
+                self.taken_back = self._task.cancelling() <= self._requests
+            while True:
+                try:
+                    value = yield waits_for
+                except BaseException as ex:
+                    waits_for = self._work.throw(ex)
+                else:
+                    waits_for = self._work.send(value)
+        except StopIteration as done:
+            return done.value
+
+
+async def _drive(rest: _Rest) -> Any:
+    return await rest
 
 
 class _WatchedTypes(TypesRegistry):
-    """A types registry that remembers that it was added to."""
+    """A types registry that remembers, in the map it belongs to, that it was added to."""
 
-    touched = False
+    def __init__(self, template: TypesRegistry, adapters: _WatchedAdapters) -> None:
+        super().__init__(template)
+        self._adapters = adapters
 
     @override
     def add(self, info: Any) -> None:
-        self.touched = True
+        self._adapters.touched = True
         super().add(info)
 
 
@@ -459,19 +699,15 @@ class _WatchedAdapters(AdaptersMap):
 
     def __init__(self, template: AdaptersMap) -> None:
         super().__init__(template)
-        self._touched = False
-        self.types = _WatchedTypes(template.types)
-
-    @property
-    def touched(self) -> bool:
-        return self._touched or cast(_WatchedTypes, self.types).touched
+        self.touched = False
+        self.types = _WatchedTypes(template.types, self)
 
     @override
     def register_dumper(self, cls: Any, dumper: Any) -> None:
-        self._touched = True
+        self.touched = True
         super().register_dumper(cls, dumper)
 
     @override
     def register_loader(self, oid: Any, loader: Any) -> None:
-        self._touched = True
+        self.touched = True
         super().register_loader(oid, loader)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, overload
 
 import psycopg
@@ -23,7 +23,9 @@ from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
 from . import _conninfo
+from ._diagnosis import Diagnosis
 from ._pool import BoundPool, CheckoutContext, State
+from ._snapshot import PoolSnapshot
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
 
 ACT_co = TypeVar(
@@ -31,6 +33,7 @@ ACT_co = TypeVar(
 )
 Row = TypeVar("Row")
 Row2 = TypeVar("Row2")
+T = TypeVar("T")
 
 Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 Isolation: TypeAlias = (
@@ -68,13 +71,17 @@ class PoolManager(Generic[ACT_co]):
         max_waiting: How many tasks may wait at once; 0 for any number.
         max_lifetime: Seconds after which a connection is replaced.
         max_idle: Seconds after which an unused connection above *min_size* is closed.
-        reconnect_timeout: Seconds after which psycopg_pool gives a lost connection up.
-        reconnect_failed: Called when it does.
-        num_workers: Number of tasks that make and mend connections.
+        reconnect_timeout: Seconds of an outage after which *reconnect_failed* is called. The
+            pool goes on trying to connect, and is back by itself when the server is.
+        reconnect_failed: Called once for such an outage, with the pool.
+        num_workers: How many connections may be made at once.
         open_timeout: Seconds that `open()` waits for *min_size* connections.
         close_timeout: Seconds that `close()` lets connections in use go on.
         application_name: Name that the server shows for the connections. By default
             ``poolkeeper:<name>``, unless *conninfo* or ``PGAPPNAME`` sets one.
+        leak_threshold: Seconds after which a checkout is logged as a suspected leak, with the
+            stack of its acquire; None to keep no stacks and suspect nobody. Keeping them costs
+            tens of microseconds for each acquire.
 
     Raises:
         ConfigError: If a parameter cannot work; names it.
@@ -111,6 +118,7 @@ class PoolManager(Generic[ACT_co]):
         open_timeout: float = 30.0,
         close_timeout: float = 5.0,
         application_name: str | None = None,
+        leak_threshold: float | None = None,
     ) -> None:
         if open:
             raise _bad("open", open, "None or False: open it with await manager.open()")
@@ -125,6 +133,8 @@ class PoolManager(Generic[ACT_co]):
             open_timeout=open_timeout,
             close_timeout=close_timeout,
         )
+        if leak_threshold is not None:
+            _require_number(leak_threshold=leak_threshold)
         _require_integer(
             min_size=(min_size, 0), max_waiting=(max_waiting, 0), num_workers=(num_workers, 1)
         )
@@ -147,6 +157,7 @@ class PoolManager(Generic[ACT_co]):
             connection_class=user_class,
             kwargs=kwargs if callable(kwargs) else settled,
             application_name=application_name,
+            leak_threshold=leak_threshold,
             configure=configure,
             check=check,
             reset=reset,
@@ -191,8 +202,28 @@ class PoolManager(Generic[ACT_co]):
         return self._pool.state.value
 
     def __repr__(self) -> str:
-        numbers = " ".join(f"{name}={value}" for name, value in self._pool.counts().items())
-        return f'<PoolManager "{self.name}" {self.state} {numbers}>'
+        return f'<PoolManager "{self.name}" {self.state} {self._pool.numbers()}>'
+
+    def snapshot(self) -> PoolSnapshot:
+        """
+        Return frozen numbers, who holds a connection and who waits for one.
+
+        Instantaneous; never touches the network, so it works while the pool is exhausted and
+        the server away. On another loop or thread than the owner's it may be torn, but safe.
+
+        .. versionadded:: 0.1.0
+        """
+        return self._pool.snapshot()
+
+    def diagnose(self) -> Diagnosis:
+        """
+        Return why connections are short: likely cause first, evidence, advice.
+
+        From a `snapshot()` alone; ``str()`` is what `AcquireTimeout` prints.
+
+        .. versionadded:: 0.1.0
+        """
+        return self._pool.diagnose()
 
     # --- open and close -------------------------------------------------------------------
 
@@ -317,7 +348,7 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        return CheckoutContext(self._pool, timeout, frame.f_code, frame.f_lineno)
+        return CheckoutContext(self._pool, timeout, frame)
 
     def transaction(
         self,
@@ -347,9 +378,7 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        checkout: CheckoutContext[Any] = CheckoutContext(
-            self._pool, timeout, frame.f_code, frame.f_lineno
-        )
+        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame)
         return _transaction(checkout, _level(isolation), read_only, deferrable)
 
     @overload
@@ -389,16 +418,17 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        checkout: CheckoutContext[Any] = CheckoutContext(
-            self._pool, timeout, frame.f_code, frame.f_lineno
-        )
+        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame)
         return _cursor(checkout, row_factory, binary)
 
     # --- one statement, one round trip ------------------------------------------------------
 
-    async def execute(
+    # Plain functions that return a coroutine: run as a task of its own, a coroutine has no caller
+    # to look at, and who holds a connection would be asyncio.
+
+    def execute(
         self, query: Query, params: Params | None = None, *, timeout: float | None = None
-    ) -> int:
+    ) -> Coroutine[Any, Any, int]:
         """
         Run one statement by itself and return how many rows it touched.
 
@@ -422,39 +452,36 @@ class PoolManager(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        frame = sys._getframe(1)
-        async with self._one_shot(timeout, frame) as conn:
-            # psycopg takes a Template only without params, and says so.
-            cursor = await conn.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-            return cursor.rowcount
+        checkout = self._checkout(timeout, sys._getframe(1))
+        return _named("execute", _one_shot(checkout, query, params, None, _rowcount))
 
     @overload
-    async def fetchone(
+    def fetchone(
         self: PoolManager[AsyncConnection[Row]],
         query: Query,
         params: Params | None = None,
         *,
         timeout: float | None = None,
-    ) -> Row | None: ...
+    ) -> Coroutine[Any, Any, Row | None]: ...
 
     @overload
-    async def fetchone(
+    def fetchone(
         self,
         query: Query,
         params: Params | None = None,
         *,
         row_factory: AsyncRowFactory[Row2],
         timeout: float | None = None,
-    ) -> Row2 | None: ...
+    ) -> Coroutine[Any, Any, Row2 | None]: ...
 
-    async def fetchone(
+    def fetchone(
         self,
         query: Query,
         params: Params | None = None,
         *,
         row_factory: AsyncRowFactory[Any] | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """
         Run one statement as `execute()` does and return its first row.
 
@@ -464,38 +491,36 @@ class PoolManager(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        frame = sys._getframe(1)
-        async with self._one_shot(timeout, frame) as conn:
-            cursor = await _run(conn, query, params, row_factory)
-            return await cursor.fetchone() if cursor.description else None
+        checkout = self._checkout(timeout, sys._getframe(1))
+        return _named("fetchone", _one_shot(checkout, query, params, row_factory, _first_row))
 
     @overload
-    async def fetchall(
+    def fetchall(
         self: PoolManager[AsyncConnection[Row]],
         query: Query,
         params: Params | None = None,
         *,
         timeout: float | None = None,
-    ) -> list[Row]: ...
+    ) -> Coroutine[Any, Any, list[Row]]: ...
 
     @overload
-    async def fetchall(
+    def fetchall(
         self,
         query: Query,
         params: Params | None = None,
         *,
         row_factory: AsyncRowFactory[Row2],
         timeout: float | None = None,
-    ) -> list[Row2]: ...
+    ) -> Coroutine[Any, Any, list[Row2]]: ...
 
-    async def fetchall(
+    def fetchall(
         self,
         query: Query,
         params: Params | None = None,
         *,
         row_factory: AsyncRowFactory[Any] | None = None,
         timeout: float | None = None,
-    ) -> list[Any]:
+    ) -> Coroutine[Any, Any, list[Any]]:
         """
         Run one statement as `execute()` does and return all its rows.
 
@@ -504,14 +529,12 @@ class PoolManager(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        frame = sys._getframe(1)
-        async with self._one_shot(timeout, frame) as conn:
-            cursor = await _run(conn, query, params, row_factory)
-            return await cursor.fetchall() if cursor.description else []
+        checkout = self._checkout(timeout, sys._getframe(1))
+        return _named("fetchall", _one_shot(checkout, query, params, row_factory, _all_rows))
 
-    async def fetchval(
+    def fetchval(
         self, query: Query, params: Params | None = None, *, timeout: float | None = None
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """
         Run one statement as `execute()` does and return the first column of its first row.
 
@@ -520,35 +543,48 @@ class PoolManager(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        frame = sys._getframe(1)
-        async with self._one_shot(timeout, frame) as conn:
-            cursor = await _run(conn, query, params, scalar_row)
-            return await cursor.fetchone() if cursor.description else None
+        checkout = self._checkout(timeout, sys._getframe(1))
+        return _named("fetchval", _one_shot(checkout, query, params, scalar_row, _first_row))
 
-    @asynccontextmanager
-    async def _one_shot(
-        self, timeout: float | None, frame: Any
-    ) -> AsyncGenerator[AsyncConnection[Any]]:
-        checkout: CheckoutContext[Any] = CheckoutContext(
-            self._pool, timeout, frame.f_code, frame.f_lineno
-        )
-        async with checkout as conn:
-            if not conn.autocommit:
-                # For this checkout only: what comes back is made as it was.
-                await conn.set_autocommit(True)
-            yield conn
+    def _checkout(self, timeout: float | None, frame: FrameType) -> CheckoutContext[Any]:
+        return CheckoutContext(self._pool, timeout, frame, True)
 
 
-async def _run(
-    conn: AsyncConnection[Any],
+def _named(method: str, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    """Let "coroutine ... was never awaited" name the *method* that was called."""
+    cast(Any, coroutine).__qualname__ = f"PoolManager.{method}"
+    return coroutine
+
+
+async def _one_shot(
+    checkout: CheckoutContext[Any],
     query: Query,
     params: Params | None,
     row_factory: AsyncRowFactory[Any] | None,
-) -> AsyncCursor[Any]:
-    cursor = conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
-    if params is None:
-        return await cursor.execute(query)
-    return await cursor.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    result: Callable[[AsyncCursor[Any]], Awaitable[T]],
+) -> T:
+    async with checkout as conn:
+        if not conn.autocommit:
+            # For this checkout only: what comes back is made as it was.
+            await conn.set_autocommit(True)
+        cursor: AsyncCursor[Any] = (
+            conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
+        )
+        # psycopg takes a Template only without params, and says so.
+        await cursor.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        return await result(cursor)
+
+
+async def _rowcount(cursor: AsyncCursor[Any]) -> int:
+    return cursor.rowcount
+
+
+async def _first_row(cursor: AsyncCursor[Any]) -> Any:
+    return await cursor.fetchone() if cursor.description else None
+
+
+async def _all_rows(cursor: AsyncCursor[Any]) -> list[Any]:
+    return await cursor.fetchall() if cursor.description else []
 
 
 @asynccontextmanager

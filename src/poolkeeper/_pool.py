@@ -1,12 +1,13 @@
 """
 `BoundPool`: an `AsyncConnectionPool` that keeps its promises.
 
-psycopg_pool makes, replaces, expires and shrinks connections, in tasks of its own. What a
+psycopg_pool keeps the stock of connections: it counts, expires, shrinks and drains them. What a
 caller touches is done here: open, acquire, release, close, each of them checked against the
 event loop and the process that opened the pool.
 
 A pool lives from `open()` to `close()`, and may live again: a *life* has one binding, one line
-of waiters, one connection class. What a life owned is gone when it ends.
+of waiters, one ledger, one connector, one connection class. What a life owned is gone when it
+ends.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import asyncio
 import logging
 import sys
 import weakref
+from asyncio import _get_running_loop, current_task
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from enum import StrEnum
-from inspect import isawaitable
+from functools import partial
+from itertools import islice
 from time import monotonic
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, TypeAlias, cast
 
 import psycopg
@@ -31,7 +35,7 @@ from typing_extensions import TypeVar, override
 
 from . import _compat, _recovery
 from ._binding import LoopBinding, inherited
-from ._checkouts import Checkout, Line, Waiter
+from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
     CANCEL_GRACE,
     BoundConnection,
@@ -42,15 +46,20 @@ from ._connection import (
     bound_class,
     retire,
     revoke,
+    run_own,
     shut_down,
 )
 from ._conninfo import normalise, parse
-from ._where import Place
+from ._diagnosis import Diagnosis, diagnose
+from ._recovery import Connector
+from ._snapshot import CheckoutRow, PoolSnapshot, WaiterRow
+from ._where import Place, site
 from .errors import (
     AcquireTimeout,
     ClosedError,
     NotOpenError,
     OpenError,
+    SelfDeadlockError,
     TooManyWaitersError,
     see,
 )
@@ -62,8 +71,21 @@ logger = logging.getLogger("poolkeeper")
 
 IDLE = pq.TransactionStatus.IDLE
 ACTIVE = pq.TransactionStatus.ACTIVE
+INTRANS = pq.TransactionStatus.INTRANS
+INERROR = pq.TransactionStatus.INERROR
+UNKNOWN = pq.TransactionStatus.UNKNOWN
 BAD = pq.ConnStatus.BAD
 NO_PIPELINE = pq.PipelineStatus.OFF
+
+
+FRESH = 0.001
+"""Seconds for which a connection that was in use is not looked at again before it is reused."""
+
+PROBE_TIMEOUT = 2.0
+"""Seconds that the server has to answer on a connection that is suspected to be dead."""
+
+STORM = 5.0
+"""Seconds in which time-outs of one pool count as one storm, which is logged once."""
 
 
 class State(StrEnum):
@@ -76,6 +98,10 @@ class State(StrEnum):
     CLOSED = "closed"
 
 
+_OPEN = State.OPEN
+_OPENING = State.OPENING
+
+
 class BoundPool(AsyncConnectionPool[ACT]):
     """
     The pool behind a `PoolManager`; a real `AsyncConnectionPool`, with every guard.
@@ -86,6 +112,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
     .. versionadded:: 0.1.0
     """
 
+    _clock: LineClock
+    _connector: Connector
+
     def __init__(
         self,
         conninfo: Any,
@@ -93,6 +122,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         connection_class: type[ACT],
         kwargs: Any,
         application_name: str | None,
+        leak_threshold: float | None,
         configure: ConnectionCallback | None,
         check: ConnectionCallback | None,
         reset: ConnectionCallback | Literal["discard"] | None,
@@ -103,34 +133,43 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._user_check = check
         self._user_reset: ConnectionCallback | Literal["discard"] | None = reset
         self._application_name = application_name
+        self._leak_threshold = leak_threshold
         self._state = State.NEW
         self._binding: LoopBinding | None = None
         self._line = Line()
         self._settings: dict[str, Any] = {
-            "conninfo": self._told_of_errors(conninfo) if callable(conninfo) else conninfo,
-            "kwargs": self._told_of_errors(kwargs) if callable(kwargs) else kwargs,
+            "conninfo": conninfo,
+            "kwargs": kwargs,
             "connection_class": connection_class,
             "configure": self._prepare,
             "check": check,
             "reset": self._clean,
             **settings,
         }
-        _compat.begin_life(self, self._line, self._settings)
+        self._idle = _compat.begin_life(self, self._line, self._settings)
         self._settings["name"] = self.name
         self._forget_life()
 
     def _forget_life(self) -> None:
         """Set what belongs to one life to what it is before the first connection."""
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._ledger = Ledger(self._leak_threshold)
+        self._held = self._ledger.held
         self._openers: set[asyncio.Future[BaseException | None]] = set()
         self._returning: set[asyncio.Task[None]] = set()
         self._prepared = 0
-        self._attempts_pending = 0
-        self._attempts_failed = 0
-        self._last_error: BaseException | None = None
+        self._configuring = 0
         self._freed: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] | None = None
         self._wanted = False  # by somebody who does not wait for it, or not any more
+        self._oversized = False  # there are more than max_size, for it was lowered
+        self._last_storm = 0.0
+        self._outage_told = False
+        self._leak_timer: asyncio.TimerHandle | None = None
+        self._slow_callbacks: SlowCallbacks | None = None
+        # psycopg_pool's counters, as far as they are counted on the way: see _pour_counters().
+        self._requests = 0
+        self._usage_seconds = 0.0
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -157,8 +196,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def counts(self) -> dict[str, int]:
         """Return total, in use, idle, max and waiting, in that order. Instantaneous."""
-        in_use = sum(session.checkout is not None for session in self._sessions)
-        idle = len(_compat.idle(self))
+        in_use, idle = len(self._ledger.held), len(self._idle)
         return {
             "total": in_use + idle,
             "in_use": in_use,
@@ -167,15 +205,122 @@ class BoundPool(AsyncConnectionPool[ACT]):
             "waiting": len(self._line),
         }
 
+    def numbers(self) -> str:
+        """Return the five numbers in words."""
+        return " ".join(f"{name}={value}" for name, value in self.counts().items())
+
     def checkouts(self) -> list[Checkout]:
         """Return who holds a connection, longest first."""
-        held = [session.checkout for session in self._sessions if session.checkout]
-        return sorted(held, key=lambda checkout: checkout.since)
+        return self._ledger.longest_first()
+
+    def snapshot(self, gave_up: asyncio.Task[Any] | None = None) -> PoolSnapshot:
+        """
+        Return the facts of this moment. Never touches the network.
+
+        Args:
+            gave_up: A task that has waited until now.
+        """
+        if self._binding is None or self._binding.dead:
+            return PoolSnapshot(
+                self.name, self.state.value, 0, 0, 0, self.max_size, 0, self.min_size
+            )
+        now = monotonic()
+        held = self._ledger.longest_first()
+        holds = Counter(checkout.task for checkout in held)
+        idle = len(self._idle)
+        connector = self._connector
+        error = connector.last_error
+        return PoolSnapshot(
+            name=self.name,
+            state=self.state.value,
+            total=len(held) + idle,
+            in_use=len(held),
+            idle=idle,
+            max=self.max_size,
+            waiting=len(self._line),
+            min=self.min_size,
+            opened=str(self.opened),
+            checkouts=tuple(
+                row
+                for checkout in held
+                if (row := self._checkout_row(checkout, holds, now, gave_up))
+            ),
+            waiters=tuple(_waiter_row(w, holds, now) for w in islice(self._line, 100)),
+            connecting=connector.pending - self._configuring,
+            attempts_failed=connector.failures,
+            last_error=_recovery.reason(error) if error else None,
+            last_error_advice=_recovery.advice(error) if error else "",
+            last_error_seconds=now - connector.last_failed if error else 0.0,
+            failing_seconds=now - connector.failing_since if error else 0.0,
+            next_attempt_seconds=connector.next_attempt_seconds,
+            stalled_seconds=self._clock.longest_stall(30.0),
+            stalled_by=self._slow_callbacks.last if self._slow_callbacks else "",
+            load=self._ledger.load(),
+        )
+
+    def _checkout_row(
+        self,
+        checkout: Checkout,
+        holds: Counter[asyncio.Task[Any] | None],
+        now: float,
+        gave_up: asyncio.Task[Any] | None,
+    ) -> CheckoutRow | None:
+        session, task = checkout.session, checkout.task
+        if session is None or task is None:
+            return None  # given back just now: this is another thread
+        pgconn = session.pgconn
+        running = checkout.busy_since > 0.0
+        if running:
+            status = "running a query"
+        elif pgconn.transaction_status in (IDLE, UNKNOWN):
+            status = "idle"
+        else:
+            status = "idle in transaction"
+        return CheckoutRow(
+            task=task.get_name(),
+            site=site(checkout.code, checkout.lineno),
+            held_seconds=now - checkout.since,
+            query_seconds=checkout.busy_seconds + (now - checkout.busy_since if running else 0.0),
+            status=status,
+            status_seconds=now - (checkout.busy_since or checkout.changed_at),
+            backend_pid=pgconn.backend_pid if pgconn.status != BAD else 0,
+            held_by_task=holds[task],
+            task_done=task.done(),
+            task_waits=task in self._line.tasks or task is gave_up,
+            suspected_leak=checkout.reported,
+            stack=checkout.stack_text(),
+        )
+
+    def diagnose(self, gave_up: asyncio.Task[Any] | None = None) -> Diagnosis:
+        """Return why connections are short, from a `snapshot()` of this moment."""
+        return diagnose(self.snapshot(gave_up))
 
     @override
     def __repr__(self) -> str:
-        numbers = " ".join(f"{name}={value}" for name, value in self.counts().items())
-        return f'<poolkeeper.BoundPool "{self.name}" {self.state.value} {numbers}>'
+        return f'<poolkeeper.BoundPool "{self.name}" {self.state.value} {self.numbers()}>'
+
+    @override
+    def get_stats(self) -> dict[str, int]:
+        """Return psycopg_pool's statistics, under its keys."""
+        self._pour_counters()
+        return super().get_stats()
+
+    @override
+    def pop_stats(self) -> dict[str, int]:
+        """Return psycopg_pool's statistics and set its counters to zero."""
+        self._pour_counters()
+        return super().pop_stats()
+
+    def _pour_counters(self) -> None:
+        """Add what was counted on the way to psycopg_pool's counters."""
+        for key, number in (
+            (self._REQUESTS_NUM, self._requests),
+            (self._USAGE_MS, int(self._usage_seconds * 1000)),
+        ):
+            if number:
+                _compat.count(self, key, number)
+        self._requests = 0
+        self._usage_seconds = 0.0
 
     # --- opening --------------------------------------------------------------------------
 
@@ -195,9 +340,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
             LoopMismatchError: If it is open on another loop, which is not closed.
             OpenError: If the connections cannot be made, or not in time. The pool is closed.
         """
-        while self._state is State.CLOSING and self._alive_here("opened"):
+        while self._state is State.CLOSING and self._alive_here("open it"):
             await self._until_ended()
-        if self._state not in (State.OPENING, State.OPEN) or not self._alive_here("opened"):
+        if self._state not in (State.OPENING, State.OPEN) or not self._alive_here("open it"):
             self._begin_life()
             await super().open()
             _compat.make_scheduler_endable(self)
@@ -215,15 +360,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
             OpenError: If they cannot be made, or not within *timeout* seconds. The pool is
                 closed, unless another task still waits for it.
         """
-        self._check_usable("waited for")
+        self._check_usable("wait for it")
         await self._until_ready(timeout)
 
-    def _alive_here(self, doing: str) -> bool:
+    def _alive_here(self, purpose: str) -> bool:
         """Tell whether the current life goes on; raise if it goes on elsewhere."""
         assert self._binding is not None
         if self._binding.dead:
             return False
-        self._binding.check(doing)
+        self._binding.check(purpose)
         return True
 
     def _begin_life(self) -> None:
@@ -232,9 +377,16 @@ class BoundPool(AsyncConnectionPool[ACT]):
             if self._state is not State.CLOSED:
                 self._abandon()
             self._line = Line()
-            _compat.begin_life(self, self._line, self._settings)
+            self._idle = _compat.begin_life(self, self._line, self._settings)
         self._forget_life()
         self._binding = binding
+        loop = asyncio.get_running_loop()
+        self._clock = LineClock(loop, self._line, self._time_out, self._help_growth)
+        self._connector = Connector(self, loop)
+        if loop.get_debug():
+            self._slow_callbacks = SlowCallbacks()
+        if self._leak_threshold is not None:
+            self._watch_for_leaks()
         binding.pool = weakref.ref(self)
         self.connection_class = cast(
             "type[ACT]", bound_class(cast(Any, self._user_class), self, binding)
@@ -251,7 +403,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         opener: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._openers.add(opener)
         try:
-            if self._last_error is not None and _recovery.is_permanent(self._last_error):
+            error = self._connector.last_error
+            if error is not None and _recovery.is_permanent(error):
                 self._tell_openers(self._open_error(None))
             await asyncio.wait({opener}, timeout=timeout)
         except BaseException:
@@ -282,11 +435,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _open_error(self, timeout: float | None) -> OpenError:
         """Return why the pool could not be opened: *timeout* seconds passed, or it never will."""
-        cause = self._last_error
+        cause = self._connector.last_error
+        pending = self._connector.pending - self._configuring
         if cause is not None:
             why = _recovery.reason(cause)
             hint = _recovery.advice(cause)
-        elif self._attempts_pending:
+        elif pending:
             why = "the server does not answer"
             hint = (
                 "Something accepts the connection, or drops its packets, and says nothing:"
@@ -301,21 +455,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
         error = OpenError(
             f'{verb} pool "{self.name}"{within}: {why}',
             detail=f"{self._prepared} of {self.min_size} connections were made,"
-            f" {_attempts(self._attempts_failed)} failed, {self._attempts_pending} had no answer"
-            f" yet. Opened {self._binding.opened}.",
+            f" {_attempts(self._connector.failures)} failed, {pending} had no answer yet."
+            f" Opened {self._binding.opened}.",
             hint=f"{hint} {see('open')}",
         )
         if cause is not None:
             error.__cause__ = cause.with_traceback(None)
         return error
 
-    # --- what psycopg_pool's workers tell -------------------------------------------------
-
-    @override
-    @classmethod
-    async def worker(cls, q: Any) -> None:
-        """Run maintenance work until told to stop, or cancelled."""
-        await _compat.run_worker(super().worker, q)
+    # --- making connections ----------------------------------------------------------------
 
     def connect_parameters(self, conninfo: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the parameters of one connection attempt."""
@@ -329,71 +477,101 @@ class BoundPool(AsyncConnectionPool[ACT]):
             parameters["fallback_application_name"] = f"poolkeeper:{self.name}"
         return parameters
 
-    def attempt_begins(self) -> None:
-        """Note that a connection attempt has started."""
-        self._attempts_pending += 1
-
-    def attempt_ended(self, error: BaseException | None) -> None:
-        """Note that a connection attempt has ended."""
-        self._attempts_pending -= 1
-        if error is not None:
-            self._attempt_failed(error)
-
     def session_begins(self, session: Session) -> None:
         """Note a new server session."""
         self._sessions.add(session)
 
-    def _attempt_failed(self, error: BaseException) -> None:
-        if not isinstance(error, Exception):
-            return  # cancelled: the attempt was given up, it did not fail
-        self._attempts_failed += 1
-        self._last_error = error
-        if self._openers and _recovery.is_permanent(error):
-            self._tell_openers(self._open_error(None))
+    @override
+    def run_task(self, task: Any) -> None:
+        """Run a piece of psycopg_pool's maintenance work; connections are made by `Connector`."""
+        if _compat.adds_connection(task):
+            self._connector.add()
+        else:
+            super().run_task(task)
 
-    def _told_of_errors(
-        self, function: Callable[[], Any]
-    ) -> Callable[[], Coroutine[Any, Any, Any]]:
-        """Return *function*, which gives conninfo or kwargs, made to tell us when it fails."""
+    async def make_connection(self) -> None:
+        """Make one connection, configure it and add it to the pool; the connector calls this."""
+        conn: Any = await _compat.connect(self)
+        conn._session.settle(conn)
+        if not self._connector.claim():  # another attempt, made beside this one, was faster
+            conn.pgconn.finish()
+            return
+        try:
+            await _compat.add(self, conn)
+        except BaseException:
+            conn.pgconn.finish()
+            self._connector.unclaim()
+            raise
+        self._prepared += 1
+        if self._oversized:
+            self._close_surplus()
+        if self._state is _OPENING and self._prepared >= self.min_size:
+            self._state = _OPEN
+            self._tell_openers(None)
 
-        async def told() -> Any:
-            try:
-                value = function()
-                return await value if isawaitable(value) else value
-            except Exception as ex:
-                self._attempt_failed(ex)
-                raise
+    def spare_attempts(self, wanted: int) -> int:
+        """Forget those of *wanted* connections that nobody needs any more; return how many."""
+        counted = _compat.total(self)
+        made = counted - self._connector.wanted
+        needed = min(self.max_size, max(self.min_size, made + len(self._line)))
+        spare = max(0, min(wanted, counted - needed))
+        if spare:
+            _compat.forget_connections(self, spare)
+        return spare
 
-        return told
+    def may_start_tasks(self) -> bool:
+        """Tell whether the tasks of this life go on: not if asyncio.run() is ending them."""
+        return _compat.tasks_go_on(self)
+
+    def connect_failed(self, error: Exception) -> None:
+        """Note that a connection attempt has failed; the connector goes on by itself."""
+        connector = self._connector
+        if self._openers:
+            if _recovery.is_permanent(error):
+                self._tell_openers(self._open_error(None))
+        elif connector.failures == 1:
+            logger.warning(
+                'pool "%s": no connection can be made: %s; trying again until one can',
+                self.name,
+                _recovery.reason(error),
+            )
+        failing = monotonic() - connector.failing_since
+        if connector.failures == 1:
+            self._outage_told = False
+        if not self._outage_told and failing > self.reconnect_timeout:
+            self._outage_told = True
+            self._start_own_task(self._tell_reconnect_failed)
+
+    async def _tell_reconnect_failed(self) -> None:
+        try:
+            await self.reconnect_failed()
+        except Exception as ex:
+            logger.warning(
+                'pool "%s": the reconnect_failed callback failed: %s: %s',
+                self.name,
+                type(ex).__name__,
+                ex,
+            )
 
     async def _prepare(self, conn: Any) -> None:
-        """Configure a new connection; psycopg_pool calls this in a worker."""
+        """Configure a new connection; psycopg_pool calls this when it has made one."""
+        self._configuring += 1
+        self._connector.answered()
         try:
             if self._user_configure is not None:
-                with _compat.cancellation_ends_worker():
-                    await self._user_configure(conn)
+                await self._user_configure(conn)
                 if (status := conn.pgconn.transaction_status) != IDLE:
                     raise psycopg.ProgrammingError(
                         "the configure callback left the connection in status"
                         f" {pq.TransactionStatus(status).name}: commit at its end, or set"
                         " autocommit"
                     )
-        except BaseException as ex:
-            self._attempt_failed(ex)
+        except BaseException:
             # psycopg_pool drops it, but the traceback of what we keep holds on to it.
             self._end_session(conn._session)
             raise
-        self._prepared += 1
-        self._last_error = None
-        if self._state is State.OPENING and self._prepared >= self.min_size:
-            # Not now: psycopg_pool has yet to add the connection, which it does without
-            # giving way to the loop.
-            asyncio.get_running_loop().call_soon(self._note_ready)
-
-    def _note_ready(self) -> None:
-        if self._state is State.OPENING:
-            self._state = State.OPEN
-            self._tell_openers(None)
+        finally:
+            self._configuring -= 1
 
     # --- acquire --------------------------------------------------------------------------
 
@@ -407,11 +585,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
         Commits on success and rolls back on an exception, as psycopg_pool's does. For
         arguments and errors see `getconn()`.
         """
-        frame = sys._getframe(1)
-        return CheckoutContext(self, timeout, frame.f_code, frame.f_lineno)
+        return CheckoutContext(self, timeout, sys._getframe(1))
 
     @override
-    async def getconn(self, timeout: float | None = None) -> ACT:
+    def getconn(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, timeout: float | None = None
+    ) -> Coroutine[Any, Any, ACT]:
         """
         Acquire a connection. Give it back with `putconn()`; better, use `connection()`.
 
@@ -425,128 +604,335 @@ class BoundPool(AsyncConnectionPool[ACT]):
             AcquireTimeout: If none was free in time.
             TooManyWaitersError: If `max_waiting` tasks wait already.
         """
+        # A plain function: run as a task of its own, the coroutine has no caller to look at.
         frame = sys._getframe(1)
-        return await self.acquire(timeout, frame.f_code, frame.f_lineno)
+        return self._getconn(timeout, frame, frame.f_lineno)
 
-    async def acquire(self, timeout: float | None, code: CodeType, lineno: int) -> ACT:
-        """Do as `getconn()`, for the line of code that is named."""
-        if self._binding is None or not self._binding.is_here() or self._state is not State.OPEN:
-            self._check_usable("acquired from")
+    async def _getconn(self, timeout: float | None, frame: FrameType, lineno: int) -> ACT:
+        conn: Any = self.take(frame, lineno, False)
+        if conn is None:
+            conn = await self.wait_for_connection(timeout, frame, lineno, False)
+        return cast(ACT, conn)
+
+    def take(self, frame: FrameType, lineno: int, structured: bool) -> Any:
+        """
+        Acquire a connection that is free, sound and needs no check; None if that takes waiting.
+
+        This is what every request pays: one function, no await.
+
+        Args:
+            frame: Where it is asked for.
+            lineno: At which line of it.
+            structured: True if a block of the calling task's own will give it back.
+
+        Raises:
+            LoopMismatchError, NotOpenError, ClosedError: As `getconn()`.
+        """
+        # LoopBinding.is_here(), without the call; open implies a binding.
+        loop = _get_running_loop()
+        if self._state is not _OPEN or loop is None or loop is not self._binding.owner_loop():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+            self._check_usable("acquire a connection")
+        self._requests += 1
+        idle = self._idle
+        if not idle or self._line or self._user_check is not None:
+            return None
+        conn: Any = idle[0]
+        session: Session = conn._session
+        now = monotonic()
+        if now - session.released_at > FRESH and not session.is_quiet():
+            return None
+        idle.popleft()
+        _compat.note_idle_low(self, len(idle))
+        return self._check_out(conn, session, frame, lineno, structured, now)
+
+    def _check_out(
+        self,
+        conn: Any,
+        session: Session,
+        frame: FrameType,
+        lineno: int,
+        structured: bool,
+        now: float,
+    ) -> Any:
+        task: Any = current_task()
+        checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
+        session.checkout = conn._checkout = checkout
+        conn._pool = self
+        if self._leak_threshold is None:
+            self._held.add(checkout)
+        else:
+            self._ledger.begins(checkout, frame)
+        return conn
+
+    async def wait_for_connection(
+        self, timeout: float | None, frame: FrameType, lineno: int, structured: bool
+    ) -> Any:
+        """Acquire a connection when `take()` had none."""
         if timeout is None:
             timeout = self.timeout
         deadline = monotonic() + timeout
-        _compat.count(self, self._REQUESTS_NUM)
+        code = frame.f_code
         pause = 0.0
         while True:
+            if self._state is not _OPEN:
+                self._check_usable("acquire a connection")
             conn: Any
-            idle = _compat.idle(self)
+            idle = self._idle
             if idle and not self._line:
                 conn = idle.popleft()
-                _compat.note_idle_low(self)
+                _compat.note_idle_low(self, len(idle))
             else:
-                conn = await self._wait_in_line(timeout, deadline)
+                conn = await self._wait_in_line(timeout, deadline, code, lineno)
             session: Session = conn._session
-            try:
-                session.settle(conn)
-            except psycopg.OperationalError:
-                # Found closed before anybody had it, by check() for one.
-                await self._in_own_task(self._put_back(conn, from_getconn=True))
-                continue
-            if self._user_check is None or await self._passes_check(conn):
-                break
-            self._check_usable("acquired from")
-            # A broken connection is replaced, so there is an end to them. One that works and
-            # fails the check comes back to the pool: do not spin on it.
-            if monotonic() >= deadline:
-                raise self._acquire_timeout(timeout)
-            if conn.pgconn.status != BAD:
-                pause = min(max(0.01, pause * 2), 0.25)
-                await asyncio.sleep(pause)
-        session.checkout = conn._checkout = Checkout(code, lineno)
-        _compat.set_owner(conn, self)
-        return cast(ACT, conn)
+            if session.is_quiet() or await self._answers(conn):
+                if self._user_check is None or await self._passes(self._user_check, conn):
+                    now = monotonic()
+                    return self._check_out(conn, session, frame, lineno, structured, now)
+                if monotonic() >= deadline:
+                    raise self._acquire_timeout(timeout)
+                if session.pgconn.status != BAD:
+                    # A broken one is replaced, so there is an end to them. One that works and
+                    # fails the user's check comes back: do not spin on it.
+                    pause = min(max(0.01, pause * 2), 0.25)
+                    await asyncio.sleep(pause)
 
-    async def _wait_in_line(self, timeout: float, deadline: float) -> Any:
-        if self.max_waiting and len(self._line) >= self.max_waiting:
+    async def _wait_in_line(
+        self, timeout: float, deadline: float, code: CodeType, lineno: int
+    ) -> Any:
+        line = self._line
+        if self.max_waiting and len(line) >= self.max_waiting:
             _compat.count(self, self._REQUESTS_ERRORS)
             raise TooManyWaitersError(
-                f'pool "{self.name}" has {len(self._line)} tasks waiting already',
-                detail=self._numbers() + f". max_waiting={self.max_waiting}.",
+                f'cannot wait for a connection from pool "{self.name}":'
+                f" {_tasks_wait(len(line))} already",
+                detail=f"{self.numbers()}. max_waiting={self.max_waiting}.",
                 hint=f"Let the caller try again later. {see('too-many-waiters')}",
             )
         remaining = deadline - monotonic()
         if remaining <= 0:
             _compat.count(self, self._REQUESTS_ERRORS)
             raise self._acquire_timeout(timeout)
-        loop = asyncio.get_running_loop()
-        waiter = Waiter(loop)
-        self._line.append(waiter)
+        waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
+        if self._ledger.completes_deadlock(waiter.task, line, self.max_size, timeout):
+            _compat.count(self, self._REQUESTS_ERRORS)
+            raise self._self_deadlock(waiter)
+        line.append(waiter)
         _compat.count(self, self._REQUESTS_QUEUED)
-        _compat.grow(self)
-        since = monotonic()
-        timer = loop.call_later(remaining, self._time_out, waiter, timeout)
+        if _compat.total(self) < self.max_size or self._connector.wanted:
+            self._help_growth()
+        self._clock.watch(waiter)
         try:
             conn = await waiter.future
         except BaseException:
-            self._line.leave(waiter)
-            served = waiter.future.done() and not waiter.future.cancelled()
-            if served and waiter.future.exception() is None:
+            line.leave(waiter)
+            if waiter.was_served():
                 # Cancelled in the same turn of the loop in which it was served.
                 self._give(waiter.future.result())
             _compat.count(self, self._REQUESTS_ERRORS)
             raise
         finally:
-            timer.cancel()
-            _compat.count(self, self._REQUESTS_WAIT_MS, int((monotonic() - since) * 1000))
-        if self._state not in (State.OPEN, State.OPENING):
+            waited = int((monotonic() - waiter.since) * 1000)
+            if waited:
+                _compat.count(self, self._REQUESTS_WAIT_MS, waited)
+        if self._state is not _OPEN and self._state is not _OPENING:
             conn.pgconn.finish()
             raise self._closed_error()
         return conn
 
-    def _time_out(self, waiter: Waiter, timeout: float) -> None:
+    def _help_growth(self) -> None:
+        """Let the pool grow, and mend what somebody may have cancelled."""
+        _compat.mend(self)
+        _compat.grow(self)
+        self._connector.go_on()
+
+    def _time_out(self, waiter: Waiter) -> None:
+        self._line.leave(waiter)
         if not waiter.future.done():
-            self._line.leave(waiter)
-            waiter.refuse(self._acquire_timeout(timeout))
+            waiter.refuse(self._acquire_timeout(waiter.timeout, waiter.task))
 
-    async def _passes_check(self, conn: Any) -> bool:
-        assert self._user_check is not None
-        passed = False
-        try:
-            await self._user_check(conn)
-            # The pool may be closing by now, or may have been closed and opened anew.
-            passed = self._state is not State.CLOSING and not conn.closed
-        except Exception as ex:
-            logger.info('a connection of pool "%s" failed its check: %s', self.name, ex)
-        finally:
-            if not passed:
-                await self._in_own_task(self._put_back(conn, from_getconn=True))
-        return passed
-
-    def _acquire_timeout(self, timeout: float) -> AcquireTimeout:
-        held = self.checkouts()
-        counts = self.counts()
-        cause = self._last_error
-        if counts["in_use"] >= self.max_size:
-            why = "all connections are in use"
-            hint = "Keep a connection only while it works: not across HTTP calls or streams."
-        elif cause is not None:
-            why = f"no connection can be made: {_recovery.reason(cause)}"
-            hint = _recovery.advice(cause)
-        else:
-            why = "the pool is making more connections"
-            hint = "Give min_size more connections to start with, or the caller more time."
-        oldest = f" Longest checkout: {held[0].held_seconds:.1f} s {held[0]}." if held else ""
+    def _acquire_timeout(
+        self, timeout: float, gave_up: asyncio.Task[Any] | None = None
+    ) -> AcquireTimeout:
+        diagnosis = self.diagnose(gave_up)
+        summary = diagnosis.summary if diagnosis.findings else "none was free"
         error = AcquireTimeout(
-            f'could not acquire a connection from pool "{self.name}" within {timeout:.2f} s: {why}',
-            detail=f"{self._numbers()}.{oldest}",
-            hint=f"{hint} {see('acquire-timeout')}",
+            f'could not acquire a connection from pool "{self.name}" within {timeout:.2f} s:'
+            f" {summary}",
+            detail=diagnosis.detail,
+            hint=f"{diagnosis.advice} {see('acquire-timeout')}".strip(),
+            diagnosis=diagnosis,
         )
+        cause = self._connector.last_error
         if cause is not None:
             error.__cause__ = cause.with_traceback(None)
+        now = monotonic()
+        if now - self._last_storm > STORM:
+            logger.warning("%s", error)
+        self._last_storm = now
         return error
 
-    def _numbers(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.counts().items())
+    def _self_deadlock(self, waiter: Waiter) -> SelfDeadlockError:
+        # As it would be if the task did wait.
+        self._line.append(waiter)
+        diagnosis = self.diagnose()
+        self._line.leave(waiter)
+        return SelfDeadlockError(
+            f'cannot acquire a connection from pool "{self.name}": {diagnosis.summary}',
+            detail=diagnosis.detail,
+            hint=f"{diagnosis.advice} {see('self-deadlock')}",
+            diagnosis=diagnosis,
+        )
+
+    # --- liveness -------------------------------------------------------------------------
+
+    async def _answers(self, conn: Any) -> bool:
+        """
+        Tell whether a connection that is not quiet works; if not, replace all that are dead.
+
+        What came may be the end of the session, or a notice: read it, which costs no round
+        trip, and ask the server only if that does not tell.
+        """
+        if _was_ended(conn):
+            self._replace_dead([conn])
+            return False
+        verdict = self._start_asking(conn)
+        try:
+            answers = await verdict
+        except BaseException:
+            if verdict.done() and not verdict.cancelled() and verdict.result():
+                # Cancelled in the same turn of the loop in which the server answered.
+                self._start_put_back(conn, from_getconn=True)
+            raise
+        if not answers:
+            self._replace_dead([])
+        return answers
+
+    def _start_asking(self, conn: Any) -> asyncio.Future[bool]:
+        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._start_own_task(partial(self._ask, conn, verdict)).add_done_callback(
+            partial(self._asked, conn, verdict)
+        )
+        return verdict
+
+    async def _ask(self, conn: Any, verdict: asyncio.Future[bool]) -> None:
+        """
+        Spend a round trip to find out whether the server answers on *conn*.
+
+        In a task of its own, which takes the connection back where it is of no use, or the
+        caller was cancelled: psycopg would ask the silent server to stop, and wait for it.
+        """
+        # Shut down, the socket reads as closed by the server.
+        timer = asyncio.get_running_loop().call_later(PROBE_TIMEOUT, shut_down, conn.pgconn)
+        answers = False
+        try:
+            await self.check_connection(conn)
+            # The pool may be closing by now, or may have been closed and opened anew.
+            answers = self._state in (_OPEN, _OPENING) and not conn.closed
+        except Exception as ex:
+            logger.info('a connection of pool "%s" does not answer: %s', self.name, ex)
+        finally:
+            timer.cancel()
+            if answers and not verdict.done():
+                verdict.set_result(True)
+            else:
+                self._start_put_back(conn, from_getconn=True)
+                if not verdict.done():
+                    verdict.set_result(False)
+
+    def _asked(self, conn: Any, verdict: asyncio.Future[bool], task: asyncio.Task[None]) -> None:
+        if task.cancelled() and not verdict.done():
+            # Somebody cancelled every task there is, this one before it began.
+            self._start_put_back(conn, from_getconn=True)
+            verdict.set_result(False)
+
+    def _check_idle(self, conn: Any) -> asyncio.Future[bool]:
+        """Ask the server whether *conn*, which was idle, works; keep it or replace it."""
+        verdict = self._start_asking(conn)
+        verdict.add_done_callback(partial(self._checked, conn))
+        return verdict
+
+    def _checked(self, conn: Any, verdict: asyncio.Future[bool]) -> None:
+        if not verdict.result():
+            return  # it was taken back already
+        if self._oversized or _compat.is_expired(self, conn, monotonic()):
+            self._start_put_back(conn, from_getconn=True)
+        else:
+            self._give(conn)
+
+    def _replace_dead(self, dead: list[Any]) -> None:
+        """Replace *dead*, which were idle, and those of the idle ones that are dead as well."""
+        idle = self._idle
+        for conn in [c for c in idle if not c._session.is_quiet()]:
+            idle.remove(conn)
+            if _was_ended(conn):
+                dead.append(conn)
+            else:
+                # Said something, which is read by now. It may have been its last words, and
+                # the end still to come: it must not go back as it is, looking well.
+                self._check_idle(conn)
+        if not dead:
+            return
+        logger.info('pool "%s": %d idle connection(s) were dead: replaced', self.name, len(dead))
+        for _ in dead:
+            _compat.replace_lost(self, found_idle=True)
+
+    async def _passes(self, check: ConnectionCallback, conn: Any) -> bool:
+        """Tell whether *check* accepts an idle connection; take it back, if it does not."""
+        try:
+            await check(conn)
+        except Exception as ex:
+            logger.info('a connection of pool "%s" failed its check: %s', self.name, ex)
+        except BaseException:
+            self._start_put_back(conn, from_getconn=True)
+            raise
+        else:
+            # The pool may be closing by now, or may have been closed and opened anew.
+            if self._state in (_OPEN, _OPENING) and not conn.closed:
+                return True
+        await asyncio.shield(self._start_put_back(conn, from_getconn=True))
+        return False
+
+    # --- suspected leaks --------------------------------------------------------------------
+
+    def _watch_for_leaks(self) -> None:
+        assert self._leak_threshold is not None
+        every = min(max(self._leak_threshold / 4, 0.01), 1.0)
+        self._leak_timer = asyncio.get_running_loop().call_later(every, self._watch_for_leaks)
+        for checkout in self._ledger.overdue():
+            checkout.reported = True
+            logger.warning(
+                'pool "%s": suspected leak: a connection is held for %.1f s, acquired %s\n%s',
+                self.name,
+                checkout.held_seconds,
+                checkout,
+                checkout.stack_text().rstrip(),
+            )
+
+    def take_back_dropped(self, conn: BoundConnection, checkout: Checkout) -> None:
+        """Take a connection back that was garbage-collected while it was checked out."""
+        assert self._binding is not None
+        loop = self._binding.loop
+        session = conn._session
+        if loop is None or loop.is_closed() or checkout is not session.checkout:
+            return
+        checkout.structured = False  # who waits now is going to have it
+        # The collector may run in any thread.
+        fresh = session.successor(conn)
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(self._take_back, fresh, checkout)
+
+    def _take_back(self, fresh: BoundConnection, checkout: Checkout) -> None:
+        if checkout.session is None or (self._state is not _OPEN and self._state is not _OPENING):
+            return  # its life is over, and another one may have begun
+        logger.warning(
+            'pool "%s": a connection was dropped without being given back, after %.1f s,'
+            " acquired %s; taken back",
+            self.name,
+            checkout.held_seconds,
+            checkout,
+        )
+        self._end_checkout(fresh._session, checkout)
+        self._start_put_back(fresh)
 
     # --- release --------------------------------------------------------------------------
 
@@ -562,36 +948,64 @@ class BoundPool(AsyncConnectionPool[ACT]):
             LoopMismatchError: If called on another loop than the one that opened the pool.
             ValueError: If it does not come from this pool.
         """
-        if (cleaning := self._release(cast(Any, conn))) is not None:
+        if (cleaning := self.release(cast(Any, conn), False)) is not None:
             await asyncio.shield(cleaning)
 
-    def _release(self, conn: BoundConnection) -> asyncio.Task[None] | None:
-        """Give *conn* back at once if it is clean; else return the task that does it."""
-        if isinstance(conn, RevokedConnection):
-            return None  # close() took it back already
-        if isinstance(conn, ReleasedConnection):
-            raise conn.refusal("given back again")
-        self._check_pool_putconn(conn)
+    def release(self, conn: Any, roll_back: bool) -> asyncio.Task[None] | None:
+        """
+        Give *conn* back at once if it is clean; else return the task that does it.
+
+        Args:
+            conn: What `take()` or `wait_for_connection()` gave.
+            roll_back: True if its block has ended with an exception.
+        """
+        if _compat.owner(conn) is not self or isinstance(conn, RetiredConnection):
+            if isinstance(conn, RevokedConnection):
+                return None  # close() took it back already
+            if isinstance(conn, ReleasedConnection):
+                raise conn.given_back_twice()
+            self._check_pool_putconn(conn)  # raises
         # The connection's own binding: the pool may have been opened anew meanwhile.
-        if not conn._binding.is_here():
-            raise conn._binding.mismatch("given a connection back")
-        if conn.at_work:
+        binding: LoopBinding = conn._binding
+        loop = _get_running_loop()
+        if loop is None or loop is not binding.owner_loop():
+            raise binding.mismatch("give a connection back")
+        if conn.lock.locked():
             self._discard_busy(conn)
             return None
-        session = conn._session
+        session: Session = conn._session
+        checkout: Checkout = cast(Any, conn)._checkout
         fresh = session.successor(conn)
+        now = self._end_checkout(session, checkout)
         pgconn = session.pgconn
         if (
             pgconn.transaction_status == IDLE
+            and self._state is _OPEN
             and self._user_reset is None
-            and session.parameters_unchanged
+            and (not checkout.used or session.parameters_unchanged)
             and pgconn.pipeline_status == NO_PIPELINE
-            and not _compat.is_expired(self, fresh)
-            and (self._state is State.OPEN or self._state is State.OPENING)
+            and not _compat.is_expired(self, fresh, now)
+            and not self._oversized
         ):
             self._give(fresh)
             return None
-        return self._start_own_task(self._put_back(fresh))
+        return self._start_put_back(fresh, roll_back=roll_back)
+
+    def _end_checkout(self, session: Session, checkout: Checkout) -> float:
+        """Strike a checkout out, and return the time."""
+        session.checkout = checkout.session = None
+        now = session.released_at = monotonic()
+        self._ledger.ends(checkout, now)
+        if checkout.structured:
+            self._usage_seconds += now - checkout.since
+        if checkout.reported:
+            logger.warning(
+                'pool "%s": no leak after all: a connection was returned after %.1f s, acquired %s',
+                self.name,
+                checkout.held_seconds,
+                checkout,
+            )
+        return now
 
     def _discard_busy(self, conn: BoundConnection) -> None:
         """
@@ -607,11 +1021,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self.name,
             session.checkout,
         )
-        session.checkout = None
+        assert session.checkout is not None
+        self._end_checkout(session, session.checkout)
         _compat.set_owner(conn, None)
         retire(conn)
         # Not closed: see _end_session().
-        shut_down(session.pgconn.socket)
+        shut_down(session.pgconn)
         _compat.count(self, self._RETURNS_BAD)
         if not self.closed:
             _compat.replace_lost(self)
@@ -619,10 +1034,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _give(self, conn: Any) -> None:
         """Hand a clean connection to the task that waited longest, or keep it."""
-        if not self._line.offer(conn):
-            _compat.idle(self).append(conn)
+        if not self._line or not self._line.offer(conn):
+            self._idle.append(conn)
 
-    async def _put_back(self, conn: Any, *, from_getconn: bool = False) -> None:
+    async def _put_back(
+        self, conn: Any, *, from_getconn: bool = False, roll_back: bool = False
+    ) -> None:
         """Give back a connection that may need work first."""
         if isinstance(conn, RevokedConnection):
             return  # its life is over, and another one may have begun
@@ -632,20 +1049,39 @@ class BoundPool(AsyncConnectionPool[ACT]):
                 'a connection of pool "%s" came back in pipeline mode: closed', self.name
             )
             pgconn.finish()
+        if pgconn.transaction_status == ACTIVE:
+            await conn.end_command()
+        if roll_back and pgconn.transaction_status in (INTRANS, INERROR):
+            try:
+                await conn.rollback()
+            except Exception as ex:
+                logger.warning('pool "%s": error ignored in rollback: %s', self.name, ex)
+        if self._oversized and self._is_surplus():
+            _compat.forget_connections(self, 1)
+            pgconn.finish()
+            return
         await _compat.put_back(self, conn, from_getconn=from_getconn)
 
-    def _start_own_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start_put_back(self, conn: Any, **how: bool) -> asyncio.Task[None]:
+        """Give back a connection in a task of its own, which nobody's cancellation reaches."""
+        task = self._start_own_task(partial(self._put_back, conn, **how))
+        task.add_done_callback(partial(self._put_back_ended, conn))
+        return task
+
+    def _put_back_ended(self, conn: Any, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            return
+        # Somebody cancelled every task there is, ours included: it is in nobody's hands now.
+        if not self.closed and not isinstance(conn, RetiredConnection):
+            self._end_session(conn._session)
+            _compat.replace_lost(self)
+
+    def _start_own_task(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         """Start *work* in a task that `close()` waits for."""
-        task = asyncio.get_running_loop().create_task(
-            _compat.run_own(work), name=f"{self.name}-release"
-        )
+        task = asyncio.get_running_loop().create_task(run_own(work), name=f"{self.name}-release")
         self._returning.add(task)
         task.add_done_callback(self._returned)
         return task
-
-    async def _in_own_task(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run *work* to its end even if the caller is cancelled."""
-        await asyncio.shield(self._start_own_task(work))
 
     def _returned(self, task: asyncio.Task[None]) -> None:
         self._returning.discard(task)
@@ -720,10 +1156,10 @@ class BoundPool(AsyncConnectionPool[ACT]):
             return
         assert self._binding is not None
         if self._binding.dead:
-            error = self._binding.mismatch("closed")
+            error = self._binding.mismatch("close it")
             self._abandon()
             raise error
-        self._binding.check("closed")
+        self._binding.check("close it")
         if self._state is State.CLOSING:
             await self._until_ended()
             return
@@ -823,7 +1259,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
     def _revoke(self, session: Session) -> None:
         """Take a connection from whoever uses it."""
         handle, pgconn = session.handle, session.pgconn
-        session.checkout = None
+        if session.checkout is not None:
+            self._end_checkout(session, session.checkout)
         if handle is None or isinstance(handle, RetiredConnection):
             return
         if pgconn.status != BAD:
@@ -834,19 +1271,27 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if _at_work(session):
             # Closing the socket would free its descriptor under the event loop's feet; shut
             # down, it reads as closed by the server.
-            shut_down(session.pgconn.socket)
+            shut_down(session.pgconn)
         else:
             session.pgconn.finish()
 
     def _stop_tasks(self) -> list[asyncio.Task[None]]:
         """Stop the tasks of this life, which are returned, and close what is idle. Synchronous."""
         idle, tasks = _compat.end_life(self)
-        tasks += self._returning
+        tasks += [*self._returning, *self._connector.stop()]
+        self._stop_timers()
         for task in tasks:
             task.cancel()
         for conn in idle:
             conn.pgconn.finish()
         return tasks
+
+    def _stop_timers(self) -> None:
+        self._clock.stop()
+        if self._leak_timer is not None:
+            self._leak_timer.cancel()
+        if self._slow_callbacks is not None:
+            self._slow_callbacks.stop()
 
     async def _settle(self, tasks: Iterable[asyncio.Task[None]]) -> asyncio.CancelledError | None:
         """
@@ -883,7 +1328,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
         assert self._binding is not None
         sessions = list(self._sessions)
         _, tasks = _compat.end_life(self)
-        tasks += self._returning
+        tasks += [*self._returning, *self._connector.abandon()]
+        if self._slow_callbacks is not None:
+            self._slow_callbacks.stop()
         for task in tasks:
             _compat.forget_task(task)
         if self._binding.forked:
@@ -902,24 +1349,24 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     # --- refusals -------------------------------------------------------------------------
 
-    def _check_usable(self, doing: str) -> None:
-        """Return if the pool may be used here and now, raise otherwise."""
+    def _check_usable(self, purpose: str) -> None:
+        """Return if the pool may be used here and now for *purpose*, raise otherwise."""
         if self._state is State.NEW or self._binding is None:
             raise NotOpenError(
                 f'pool "{self.name}" is not open',
-                detail=f"It was {doing} {Place.here()}, before any open().",
+                detail=f"Used {Place.here()} to {purpose}, before any open().",
                 hint='Open it first: "async with manager:" or "await manager.open()", in the'
                 " start-up hook of the framework. Test clients that skip the lifespan skip"
                 f" that too. {see('not-open')}",
             )
         if self._state is State.CLOSED:
-            raise self._closed_error(doing)
-        self._binding.check(doing)
+            raise self._closed_error(purpose)
+        self._binding.check(purpose)
         if self._state is State.CLOSING:
-            raise self._closed_error(doing)
+            raise self._closed_error(purpose)
 
-    def _closed_error(self, doing: str = "") -> ClosedError:
-        used = f" It was {doing} {Place.here()}." if doing else ""
+    def _closed_error(self, purpose: str = "") -> ClosedError:
+        used = f" Used {Place.here()} to {purpose}." if purpose else ""
         opened = f"Opened {self.opened}." if self.opened else ""
         word = "closing" if self._state is State.CLOSING else "closed"
         return ClosedError(
@@ -930,41 +1377,91 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     @override
     async def resize(self, min_size: int, max_size: int | None = None) -> None:
-        """Change `min_size` and `max_size`; for this life, not for one after `close()`."""
-        self._check_usable("resized")
-        await super().resize(min_size, max_size)
+        """
+        Change `min_size` and `max_size`; for this life, not for one after `close()`.
+
+        Tasks that wait are served as soon as there is room for more connections. Those that are
+        too many are closed now where they are idle, the others when they come back.
+        """
+        self._check_usable("resize it")
+        _compat.resize(self, min_size, max_size)
+        self._oversized = True
+        self._close_surplus()
+        if self._line:
+            self._help_growth()
+
+    def _is_surplus(self) -> bool:
+        """Tell whether there are more connections than `max_size`."""
+        self._oversized = _compat.total(self) > self.max_size
+        return self._oversized
+
+    def _close_surplus(self) -> None:
+        """Close idle connections as long as there are more than `max_size`."""
+        while self._is_surplus() and self._idle:
+            _compat.forget_connections(self, 1)
+            self._idle.popleft().pgconn.finish()
+            _compat.note_idle_low(self, len(self._idle))
 
     @override
     async def drain(self) -> None:
         """Replace every connection: idle ones now, the others when they come back."""
-        self._check_usable("drained")
+        self._check_usable("drain it")
         await super().drain()
 
     @override
     async def check(self) -> None:
         """Test the idle connections and replace those that do not work."""
-        self._check_usable("checked")
-        await super().check()
+        self._check_usable("check it")
+        # Not psycopg_pool's: that one swallows a cancellation, and waits for a silent server for
+        # as long as psycopg does, with all idle connections out of everybody's reach.
+        self._connector.go_on()
+        _compat.mend(self)
+        idle = list(self._idle)
+        self._idle.clear()
+        if checks := [self._check_idle(conn) for conn in idle]:
+            await asyncio.wait(checks)
 
 
 class CheckoutContext(AbstractAsyncContextManager[ACT]):
-    """What `connection()` returns. Can be entered once."""
+    """
+    What `connection()` returns. Can be entered once.
 
-    __slots__ = ("_code", "_conn", "_lineno", "_pool", "_since", "_timeout")
+    Args:
+        pool: Where to acquire.
+        timeout: Seconds to wait; None for the pool's own.
+        frame: Where it was asked for.
+        enclosed: True if it is certain that the task that enters leaves it as well.
+    """
+
+    __slots__ = ("_conn", "_enclosed", "_frame", "_lineno", "_pool", "_timeout")
 
     def __init__(
-        self, pool: BoundPool[ACT], timeout: float | None, code: CodeType, lineno: int
+        self,
+        pool: BoundPool[ACT],
+        timeout: float | None,
+        frame: FrameType,
+        enclosed: bool = False,
     ) -> None:
         self._pool = pool
         self._timeout = timeout
-        self._code = code
-        self._lineno = lineno
+        self._frame: FrameType | None = frame
+        self._lineno = frame.f_lineno
+        self._enclosed = enclosed
 
     @override
     async def __aenter__(self) -> ACT:
-        self._conn = await self._pool.acquire(self._timeout, self._code, self._lineno)
-        self._since = monotonic()
-        return self._conn
+        pool, frame = self._pool, self._frame
+        assert frame is not None
+        self._frame = None  # a frame keeps all its variables alive
+        structured = self._enclosed
+        if not structured:
+            entering = sys._getframe(1)
+            structured = entering is frame or not _by_exit_stack(entering)
+        conn = pool.take(frame, self._lineno, structured)
+        if conn is None:
+            conn = await pool.wait_for_connection(self._timeout, frame, self._lineno, structured)
+        self._conn: Any = conn
+        return conn  # type: ignore[no-any-return]
 
     @override
     async def __aexit__(
@@ -973,26 +1470,36 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        conn: Any = self._conn
-        pool = self._pool
+        conn, pool = self._conn, self._pool
         if exc_type is not None and conn._binding.forked:
             return  # the block is the parent's; the child ends with its own error
+        roll_back = False
         try:
-            if isinstance(conn, RevokedConnection):
+            if conn.exits_like_psycopg:
+                # What AsyncConnection.__aexit__() does: nothing when nothing is open, else
+                # commit here, or roll back; that is part of the release, which nobody cancels.
+                if exc_type is not None:
+                    roll_back = True
+                elif (
+                    conn.pgconn.transaction_status != IDLE or conn.is_in_block()
+                ) and not conn.closed:
+                    await conn.commit()
+            elif isinstance(conn, RevokedConnection):
                 if exc_type is None and vars(conn).get("_lost_work"):
-                    raise conn.refusal("committed")
+                    raise conn.refusal()
             else:
                 await conn.__aexit__(exc_type, exc, traceback)
         finally:
-            await pool.putconn(self._conn)
-            _compat.count(pool, pool._USAGE_MS, int((monotonic() - self._since) * 1000))
+            cleaning = pool.release(conn, roll_back)
+            if cleaning is not None:
+                await asyncio.shield(cleaning)
 
 
 class _Autocommit(AbstractAsyncContextManager[None]):
     """Run statements of our own outside of a transaction."""
 
     def __init__(self, conn: Any) -> None:
-        self._conn = conn
+        self._conn: Any = conn
 
     async def __aenter__(self) -> None:
         self._was = self._conn.autocommit
@@ -1010,11 +1517,45 @@ async def _request_cancel(session: Session) -> None:
             await handle.cancel_safe(timeout=CANCEL_GRACE)
 
 
+_ENTERS_STACK = AsyncExitStack.enter_async_context.__code__
+
+
+def _by_exit_stack(entering: FrameType) -> bool:
+    """Tell whether an AsyncExitStack enters: it may be handed on, to a task that gives back."""
+    driver = entering.f_back
+    if driver is not None and driver.f_globals.get("__name__") == "contextlib":
+        # transaction(), cursor() or the like: contextlib runs their generator.
+        return driver.f_back is not None and driver.f_back.f_code is _ENTERS_STACK
+    return entering.f_code is _ENTERS_STACK
+
+
 def _at_work(session: Session) -> bool:
     """Tell whether a task is at work on the socket of *session*, so that the loop watches it."""
     handle = session.handle
     return handle is not None and session.pgconn.status != BAD and handle.at_work
 
 
+def _tasks_wait(number: int) -> str:
+    return "1 task waits" if number == 1 else f"{number} tasks wait"
+
+
 def _attempts(number: int) -> str:
     return f"{number} attempt{'' if number == 1 else 's'}"
+
+
+def _was_ended(conn: Any) -> bool:
+    """Read what came on an idle connection, and tell whether that was its end."""
+    try:
+        conn.pgconn.consume_input()
+    except psycopg.OperationalError:
+        return True
+    return bool(conn.pgconn.status == BAD)
+
+
+def _waiter_row(waiter: Waiter, holds: Counter[asyncio.Task[Any] | None], now: float) -> WaiterRow:
+    return WaiterRow(
+        task=waiter.task.get_name() if waiter.task else "",
+        site=site(waiter.code, waiter.lineno),
+        waited_seconds=now - waiter.since,
+        holds=holds[waiter.task] if waiter.task else 0,
+    )

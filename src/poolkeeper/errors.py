@@ -13,6 +13,8 @@ from typing import Any
 import psycopg
 import psycopg_pool
 
+from ._diagnosis import Diagnosis
+
 __all__ = [
     "AcquireTimeout",
     "ClosedError",
@@ -24,6 +26,7 @@ __all__ = [
     "OpenError",
     "PoolkeeperError",
     "ReleasedConnectionError",
+    "SelfDeadlockError",
     "TooManyWaitersError",
     "UnclosedManagerWarning",
 ]
@@ -101,6 +104,23 @@ class OpenError(PoolkeeperError, psycopg.OperationalError):
 
 class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):
     """No connection became free in time; ``__cause__`` is the last connect failure, if any."""
+
+    diagnosis: Diagnosis | None
+    """Why: the likely cause, its evidence and the snapshot it was made from."""
+
+    def __init__(
+        self, message: str = "", *, diagnosis: Diagnosis | None = None, **fields: Any
+    ) -> None:
+        super().__init__(message, **fields)
+        self.diagnosis = diagnosis
+
+
+class SelfDeadlockError(AcquireTimeout):
+    """
+    Every connection is held by a task that waits for one more, and the caller would be the last.
+
+    Raised at once: waiting could only end in time-outs.
+    """
 
 
 class TooManyWaitersError(PoolkeeperError, psycopg_pool.TooManyRequests):

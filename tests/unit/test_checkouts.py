@@ -1,18 +1,30 @@
-"""The line of waiters, the one waiter, and the record of a checkout."""
+"""Who waits, the clock of those who wait, who holds a connection, and the load."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import sys
+import weakref
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import pytest
 
-from poolkeeper import ClosedError
-from poolkeeper._checkouts import Checkout, Line, Waiter
+from poolkeeper import ClosedError, _checkouts
+from poolkeeper._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
+from tests.unit.fake_time import FakeLoop
 
 MakeWaiters = Callable[[int], list[Waiter]]
+
+
+def a_waiter(timeout: float = 30.0, now: float | None = None) -> Waiter:
+    frame = sys._getframe(1)
+    deadline = (monotonic() if now is None else now) + timeout
+    loop = asyncio.get_running_loop()
+    return Waiter(loop, timeout, deadline, frame.f_code, frame.f_lineno)
 
 
 @pytest.fixture
@@ -25,7 +37,7 @@ async def join(line: Line) -> MakeWaiters:
     """A function that lets so many join the line."""
 
     def join(number: int) -> list[Waiter]:
-        waiters = [Waiter(asyncio.get_running_loop()) for _ in range(number)]
+        waiters = [a_waiter() for _ in range(number)]
         for waiter in waiters:
             line.append(waiter)
         return waiters
@@ -34,14 +46,14 @@ async def join(line: Line) -> MakeWaiters:
 
 
 async def test_an_offer_reaches_the_task_once() -> None:
-    waiter = Waiter(asyncio.get_running_loop())
+    waiter = a_waiter()
     assert waiter.offer("conn")
     assert not waiter.offer("another")
     assert await waiter.future == "conn"
 
 
 async def test_a_refusal_reaches_the_task_once() -> None:
-    waiter = Waiter(asyncio.get_running_loop())
+    waiter = a_waiter()
     waiter.refuse(ClosedError("closed"))
     waiter.refuse(ClosedError("again"))
     assert not waiter.offer("conn")
@@ -50,14 +62,14 @@ async def test_a_refusal_reaches_the_task_once() -> None:
 
 
 async def test_a_task_that_was_served_is_not_refused() -> None:
-    waiter = Waiter(asyncio.get_running_loop())
+    waiter = a_waiter()
     waiter.offer("conn")
     waiter.refuse(ClosedError("closed"))
     assert await waiter.future == "conn"
 
 
 async def test_a_task_that_was_cancelled_takes_nothing() -> None:
-    waiter = Waiter(asyncio.get_running_loop())
+    waiter = a_waiter()
     waiter.future.cancel()
     assert not waiter.offer("conn")
     waiter.refuse(ClosedError("closed"))
@@ -65,7 +77,7 @@ async def test_a_task_that_was_cancelled_takes_nothing() -> None:
 
 
 async def test_a_waiter_answers_as_psycopg_pools_own_do() -> None:
-    served, refused = (Waiter(asyncio.get_running_loop()) for _ in range(2))
+    served, refused = (a_waiter() for _ in range(2))
     assert await served.set("conn") is True
     assert await served.set("another") is False
     assert await refused.fail(ClosedError("closed")) is True
@@ -96,6 +108,45 @@ async def test_one_may_leave_from_anywhere(line: Line, join: MakeWaiters) -> Non
     assert line.offer("conn")
     assert third.future.result() == "conn"
     assert not line.offer("another")
+
+
+async def test_the_line_knows_the_tasks_that_wait(line: Line) -> None:
+    async def wait() -> Waiter:
+        waiter = a_waiter()
+        line.append(waiter)
+        return waiter
+
+    tasks = [asyncio.create_task(wait()) for _ in range(5)]
+    first, second, *_ = await asyncio.gather(*tasks)
+    assert line.tasks == set(tasks)
+    assert line.popleft() is first
+    line.leave(second)
+    line.offer("conn")
+    assert line.tasks == set(tasks[3:])
+    line.refuse_all(ClosedError("closed"))
+    assert not line.tasks
+    line.append(first)
+    line.clear()
+    assert not line.tasks
+
+
+async def test_a_waiter_knows_whether_it_was_served() -> None:
+    waits, served, refused, cancelled = (a_waiter() for _ in range(4))
+    served.offer("conn")
+    refused.refuse(ClosedError("closed"))
+    cancelled.future.cancel()
+    assert [w.was_served() for w in (waits, served, refused, cancelled)] == [
+        False, True, False, False,
+    ]  # fmt: skip
+    assert refused.future.exception()
+
+
+async def test_a_waiter_knows_its_task_and_its_line_of_code() -> None:
+    waiter = a_waiter(5.0)
+    assert waiter.task is asyncio.current_task()
+    assert waiter.code.co_name == "test_a_waiter_knows_its_task_and_its_line_of_code"
+    assert waiter.lineno == waiter.code.co_firstlineno + 1
+    assert waiter.timeout == 5.0
 
 
 async def test_one_who_is_not_in_the_line_may_leave(line: Line, join: MakeWaiters) -> None:
@@ -174,9 +225,190 @@ async def test_a_storm_of_leavers_costs_as_little_each_as_one(
     assert steps < 100_000  # four calls and returns each
 
 
-def a_checkout() -> Checkout:
+# --- the clock of those who wait ----------------------------------------------------------------
+
+
+class Queue:
+    """A line with its clock, on a loop whose time the test tells."""
+
+    def __init__(self, loop: FakeLoop) -> None:
+        self.loop = loop
+        self.line = Line()
+        self.clock = LineClock(loop, self.line, self._expire)  # type: ignore[arg-type]
+        self.expired: list[tuple[Waiter, float]] = []
+
+    def _expire(self, waiter: Waiter) -> None:
+        self.line.leave(waiter)
+        self.expired.append((waiter, self.loop.now))
+
+    def join(self, timeout: float) -> Waiter:
+        waiter = a_waiter(timeout, self.loop.now)
+        self.line.append(waiter)
+        self.clock.watch(waiter)
+        return waiter
+
+
+@pytest.fixture
+async def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    loop = FakeLoop()
+    monkeypatch.setattr("poolkeeper._checkouts.monotonic", loop.time)
+    return Queue(loop)
+
+
+async def test_each_waiter_expires_at_its_own_deadline(queue: Queue) -> None:
+    begin = queue.loop.now
+    late, soon, middle = (queue.join(seconds) for seconds in (3.0, 0.5, 1.7))
+    queue.loop.pass_time(10)
+    assert [waiter for waiter, _ in queue.expired] == [soon, middle, late]
+    assert [when - begin for _, when in queue.expired] == pytest.approx([0.5, 1.7, 3.0])
+
+
+async def test_deadlines_that_lie_close_together_cost_one_look(queue: Queue) -> None:
+    waiters = [queue.join(0.1 + number / 1e6) for number in range(1000)]
+    looks = 0
+    while queue.line:
+        looks += 1
+        queue.loop.pass_time(queue.loop.timers[0].when() - queue.loop.now)
+    assert [waiter for waiter, _ in queue.expired] == waiters
+    assert looks <= 3
+
+
+async def test_a_waiter_whose_time_is_up_already_expires_at_the_next_look(queue: Queue) -> None:
+    waiter = queue.join(-1.0)
+    assert not queue.expired  # not inside of watch()
+    queue.loop.pass_time(LineClock.FINEST)
+    assert [w for w, _ in queue.expired] == [waiter]
+
+
+async def test_nothing_ticks_when_nobody_waits(queue: Queue) -> None:
+    assert not queue.loop.timers
+    waiter = queue.join(30)
+    assert len(queue.loop.timers) == 1
+    queue.loop.pass_time(1)
+    assert len(queue.loop.timers) == 1
+    queue.line.leave(waiter)
+    queue.loop.pass_time(LineClock.TICK)
+    assert not queue.loop.timers
+
+
+async def test_however_many_wait_there_is_one_timer(queue: Queue) -> None:
+    for seconds in (5.0, 0.1, 7.0, 0.05, 0.2):
+        queue.join(seconds)
+        assert len(queue.loop.timers) == 1
+
+
+async def test_at_each_look_those_who_still_wait_are_helped(queue: Queue) -> None:
+    helped = 0
+
+    def look() -> None:
+        nonlocal helped
+        helped += 1
+
+    clock = LineClock(queue.loop, queue.line, queue._expire, look)  # type: ignore[arg-type]
+    waiter = a_waiter(1.0, queue.loop.now)
+    queue.line.append(waiter)
+    clock.watch(waiter)
+    queue.loop.pass_time(0.9)
+    assert helped == 3
+    queue.loop.pass_time(5)
+    assert helped == 3  # nobody waits any more
+
+
+async def test_a_clock_that_was_stopped_ticks_no_more(queue: Queue) -> None:
+    queue.join(0.1)
+    queue.clock.stop()
+    queue.clock.stop()
+    assert not queue.loop.timers
+    queue.loop.pass_time(1)
+    assert not queue.expired
+    queue.join(0.1)
+    queue.loop.pass_time(1)
+    assert len(queue.expired) == 2
+
+
+async def test_a_stall_is_given_back(queue: Queue) -> None:
+    waiter = queue.join(1.0)
+    deadline = waiter.deadline
+    queue.loop.stand_still(0.65)  # the look was due after 0.25 s
+    assert waiter.deadline == pytest.approx(deadline + 0.4)
+    queue.loop.pass_time(0.7)
+    assert not queue.expired
+    queue.loop.pass_time(0.1)
+    assert [w for w, _ in queue.expired] == [waiter]
+
+
+async def test_a_stall_does_not_expire_a_waiter_that_could_not_be_served(queue: Queue) -> None:
+    waiter = queue.join(0.5)
+    queue.loop.stand_still(1.0)
+    assert not queue.expired
+    assert waiter.deadline > queue.loop.now
+
+
+async def test_a_delay_that_is_no_stall_is_not_given_back(queue: Queue) -> None:
+    waiter = queue.join(1.0)
+    deadline = waiter.deadline
+    queue.loop.stand_still(LineClock.TICK + 0.09)
+    assert waiter.deadline == deadline
+    assert queue.clock.longest_stall(30.0) == 0.0
+
+
+async def test_the_time_given_back_is_bounded_however_often_the_loop_stalls(queue: Queue) -> None:
+    begin = queue.loop.now
+    waiter = queue.join(3.0)
+    for _ in range(4):
+        queue.loop.stand_still(0.85)
+    assert begin + 3.0 < waiter.deadline <= begin + 3.0 + LineClock.MOST_GRACE
+    newcomer = queue.join(3.0)
+    assert newcomer.grace == LineClock.MOST_GRACE
+    queue.loop.stand_still(60)
+    queue.loop.pass_time(LineClock.MOST_GRACE + 0.1)
+    assert {w for w, _ in queue.expired} == {waiter, newcomer}
+
+
+async def test_the_longest_stall_of_late_is_remembered(queue: Queue) -> None:
+    queue.join(1000.0)
+    assert queue.clock.longest_stall(30.0) == 0.0
+    queue.loop.stand_still(LineClock.TICK + 2.0)
+    assert queue.clock.longest_stall(30.0) == pytest.approx(2.0)
+    queue.loop.stand_still(LineClock.TICK + 0.5)  # shorter
+    assert queue.clock.longest_stall(30.0) == pytest.approx(2.0)
+    queue.loop.pass_time(29)
+    assert queue.clock.longest_stall(30.0) == pytest.approx(2.0)
+    queue.loop.pass_time(2)
+    assert queue.clock.longest_stall(30.0) == 0.0
+    queue.loop.stand_still(LineClock.TICK + 0.3)  # shorter, but the longer one is long ago
+    assert queue.clock.longest_stall(30.0) == pytest.approx(0.3, abs=LineClock.TICK)
+
+
+async def test_what_asyncio_says_of_slow_callbacks_is_remembered() -> None:
+    slow = SlowCallbacks()
+    try:
+        log = logging.getLogger("asyncio")
+        log.warning("Executing %s took %.3f seconds", "<Handle cruncher() at x.py:1>", 0.5)
+        assert slow.last == "<Handle cruncher() at x.py:1>"
+        log.warning("socket.send() raised exception.")
+        log.warning("Executing something else")
+        log.info("Executing %s took %.3f seconds", "<Handle quick()>", 0.1)
+        assert slow.last == "<Handle cruncher() at x.py:1>"
+    finally:
+        slow.stop()
+    log.warning("Executing %s took %.3f seconds", "<Handle later()>", 0.5)
+    assert slow.last == "<Handle cruncher() at x.py:1>"
+
+
+# --- those who hold -----------------------------------------------------------------------------
+
+
+class Session:
+    """Stands for a server session."""
+
+
+def a_checkout(structured: bool = True, session: Any = None) -> Checkout:
     frame = sys._getframe(1)
-    return Checkout(frame.f_code, frame.f_lineno)
+    task = asyncio.current_task()
+    assert task is not None
+    now = _checkouts.monotonic()  # a fake clock's, where there is one
+    return Checkout(session or Session(), task, frame.f_code, frame.f_lineno, structured, now)
 
 
 async def test_a_checkout_says_who_and_where() -> None:
@@ -191,13 +423,26 @@ async def test_a_checkout_says_who_and_where() -> None:
     assert a_checkout().by_this_task
 
 
-async def test_a_checkout_does_not_keep_its_task() -> None:
-    async def work() -> Checkout:
-        return a_checkout()
+async def test_a_checkout_keeps_its_task_no_longer_than_its_connection() -> None:
+    """What is left of it is in the errors of a connection that was given back."""
+    ledger = Ledger(None)
 
-    checkout = await asyncio.create_task(work())
+    async def work() -> Checkout:
+        checkout = a_checkout()
+        ledger.begins(checkout, None)
+        return checkout
+
+    task = asyncio.create_task(work(), name="report-7")
+    checkout = await task
+    assert checkout.task is task
+    told = str(checkout)
+    ledger.ends(checkout, monotonic())
+    gone = weakref.ref(task)
+    del task
     await asyncio.sleep(0)
-    assert checkout.task() is None
+    gc.collect()
+    assert gone() is None
+    assert str(checkout) == told
     assert not checkout.by_this_task
 
 
@@ -207,3 +452,227 @@ async def test_a_checkout_counts_the_seconds(monkeypatch: pytest.MonkeyPatch) ->
     assert checkout.held_seconds == 0
     monkeypatch.setattr("poolkeeper._checkouts.monotonic", lambda: 141.5)
     assert checkout.held_seconds == 41.5
+
+
+async def test_a_stack_is_kept_only_where_it_is_asked_for() -> None:
+    ledger = Ledger(1.0)
+    without, with_one = a_checkout(), a_checkout()
+    ledger.begins(without, None)
+
+    def inner() -> None:
+        ledger.begins(with_one, sys._getframe())
+
+    inner()
+    assert without.stack_text() == ""
+    text = with_one.stack_text()
+    # Outermost first, as a traceback.
+    *_, caller, inmost = [line for line in text.splitlines() if line.startswith("  File")]
+    assert caller.endswith("in test_a_stack_is_kept_only_where_it_is_asked_for")
+    assert inmost.endswith("in inner")
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
+    loop = FakeLoop()
+    monkeypatch.setattr("poolkeeper._checkouts.monotonic", loop.time)
+    return loop
+
+
+def hold(ledger: Ledger, time: FakeLoop, seconds: float, busy: float = 0.0) -> None:
+    checkout = a_checkout()
+    ledger.begins(checkout, None)
+    time.pass_time(seconds)
+    checkout.busy_seconds = busy
+    ledger.ends(checkout, time.now)
+
+
+async def test_the_ledger_is_read_longest_first(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    checkouts = []
+    for _ in range(5):
+        checkouts.append(a_checkout())
+        time.pass_time(1)
+    for checkout in reversed(checkouts):
+        ledger.begins(checkout, None)
+    assert ledger.longest_first() == checkouts
+    ledger.ends(checkouts.pop(2), time.now)
+    assert ledger.longest_first() == checkouts
+
+
+async def test_the_load_is_what_was_asked_of_late(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    assert (ledger.load().acquires, ledger.load().window_seconds) == (0, 0.0)
+    for _ in range(4):
+        hold(ledger, time, 0.5, busy=0.2)
+    ledger.begins(a_checkout(), None)
+    load = ledger.load()
+    assert (load.acquires, load.released) == (5, 4)
+    assert load.window_seconds == 2.0
+    assert load.held_seconds == 2.0
+    assert load.query_seconds == pytest.approx(0.8)
+    assert load.arrivals_per_second == 2.5
+    assert load.mean_held_seconds == 0.5
+
+
+async def test_the_load_covers_one_to_two_windows(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    for _ in range(200):
+        hold(ledger, time, 0.5)
+        load = ledger.load()
+        assert load.window_seconds <= 2 * Ledger.WINDOW + 1.0
+        assert load.arrivals_per_second == pytest.approx(2.0)
+        assert load.mean_held_seconds == 0.5
+    assert load.window_seconds >= Ledger.WINDOW
+
+
+async def test_what_was_long_ago_does_not_thin_the_load_out(time: FakeLoop) -> None:
+    """After a quiet night, the load is that of the morning."""
+    ledger = Ledger(None)
+    hold(ledger, time, 1.0)
+    time.pass_time(3600)
+    for _ in range(10):
+        hold(ledger, time, 0.5)
+    load = ledger.load()
+    assert load.window_seconds == 5.0
+    assert load.arrivals_per_second == 2.0
+
+
+async def test_connections_that_are_held_long_count_when_they_come_back(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    for _ in range(3):
+        hold(ledger, time, 25.0)
+    load = ledger.load()
+    assert load.released >= 1
+    assert load.mean_held_seconds == 25.0
+
+
+async def test_a_checkout_is_overdue_once_it_is_past_the_threshold(time: FakeLoop) -> None:
+    ledger = Ledger(5.0)
+    first = a_checkout()
+    ledger.begins(first, None)
+    time.pass_time(1)
+    second = a_checkout()
+    ledger.begins(second, None)
+    time.pass_time(3.9)
+    assert ledger.overdue() == []
+    time.pass_time(0.2)
+    assert ledger.overdue() == [first]
+    time.pass_time(1)
+    assert ledger.overdue() == [first, second]
+    first.reported = True
+    assert ledger.overdue() == [second]
+    ledger.ends(second, time.now)
+    assert ledger.overdue() == []
+
+
+async def test_without_a_threshold_nobody_is_overdue(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    ledger.begins(a_checkout(), None)
+    time.pass_time(1e6)
+    assert ledger.overdue() == []
+
+
+# --- who would complete a self-deadlock ---------------------------------------------------------
+
+
+class Tasks:
+    """Tasks that hold and wait as a test says."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger(None)
+        self.line = Line()
+
+    def new(self, name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(asyncio.sleep(0), name=name)
+
+    def hold(self, task: asyncio.Task[None], structured: bool = True) -> Checkout:
+        code = sys._getframe().f_code
+        checkout = Checkout(Session(), task, code, 1, structured, monotonic())
+        self.ledger.begins(checkout, None)
+        return checkout
+
+    def wait(self, task: asyncio.Task[None], timeout: float = 30.0) -> None:
+        waiter = a_waiter(timeout)
+        waiter.task = task
+        self.line.append(waiter)
+
+    def deadlock(self, task: asyncio.Task[None], connections: int, timeout: float = 30.0) -> bool:
+        return self.ledger.completes_deadlock(task, self.line, connections, timeout)
+
+
+@pytest.fixture
+async def tasks() -> Tasks:
+    return Tasks()
+
+
+async def test_the_last_holder_to_wait_completes_the_deadlock(tasks: Tasks) -> None:
+    a, b = tasks.new("a"), tasks.new("b")
+    tasks.hold(a)
+    tasks.hold(b)
+    assert not tasks.deadlock(a, 2)  # b may give its own back
+    tasks.wait(a)
+    assert tasks.deadlock(b, 2)
+
+
+async def test_a_task_that_holds_all_connections_completes_it_alone(tasks: Tasks) -> None:
+    a = tasks.new("a")
+    tasks.hold(a)
+    tasks.hold(a)
+    assert tasks.deadlock(a, 2)
+
+
+async def test_a_task_that_holds_nothing_waits_for_a_deadlock_that_was_there_before(
+    tasks: Tasks,
+) -> None:
+    """Which cannot be, as the last holder was refused; if it is, nobody will be served."""
+    a, b = tasks.new("a"), tasks.new("b")
+    tasks.hold(a)
+    tasks.wait(a)
+    assert tasks.deadlock(b, 1)
+
+
+async def test_there_is_no_deadlock_while_a_connection_is_free_or_can_be_made(
+    tasks: Tasks,
+) -> None:
+    a = tasks.new("a")
+    tasks.hold(a)
+    assert not tasks.deadlock(a, 2)
+
+
+async def test_there_is_no_deadlock_while_a_holder_does_not_wait(tasks: Tasks) -> None:
+    a, b, c = tasks.new("a"), tasks.new("b"), tasks.new("c")
+    tasks.hold(a)
+    tasks.hold(b)
+    tasks.wait(a)
+    assert not tasks.deadlock(c, 2)
+
+
+async def test_there_is_no_deadlock_while_anybody_may_give_a_connection_back(
+    tasks: Tasks,
+) -> None:
+    a, b = tasks.new("a"), tasks.new("b")
+    tasks.hold(a)
+    tasks.hold(b, structured=False)
+    tasks.wait(a)
+    assert not tasks.deadlock(b, 2)
+
+
+async def test_a_waiter_that_was_served_is_not_in_a_deadlock(tasks: Tasks) -> None:
+    a, b = tasks.new("a"), tasks.new("b")
+    tasks.hold(a)
+    tasks.wait(a)
+    tasks.hold(b)
+    tasks.line.popleft()
+    assert not tasks.deadlock(b, 2)
+
+
+async def test_a_holder_that_will_give_up_before_the_caller_does_is_not_in_a_deadlock(
+    tasks: Tasks,
+) -> None:
+    a, b, stranger = tasks.new("a"), tasks.new("b"), tasks.new("stranger")
+    tasks.hold(a)
+    tasks.hold(b)
+    tasks.wait(a, timeout=10.0)
+    tasks.wait(stranger, timeout=1.0)  # holds nothing, so frees nothing when it gives up
+    assert not tasks.deadlock(b, 2, timeout=10.1)
+    assert tasks.deadlock(b, 2, timeout=10.0)

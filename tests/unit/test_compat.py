@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import sys
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from time import monotonic
@@ -22,7 +23,7 @@ from psycopg import AsyncConnection, pq
 from psycopg._connection_base import BaseConnection
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 from psycopg_pool._acompat import AEvent
-from psycopg_pool.pool_async import AddConnection, StopWorker
+from psycopg_pool.pool_async import AddConnection, ShrinkPool, StopWorker
 
 from poolkeeper import _compat
 from poolkeeper._checkouts import Line, Waiter
@@ -36,6 +37,12 @@ async def pool(dsn: str) -> AsyncIterator[BarePool]:
     async with AsyncConnectionPool(dsn, min_size=2, max_size=3, open=False) as pool:
         await pool.wait()
         yield pool
+
+
+def a_waiter() -> Waiter:
+    frame = sys._getframe()
+    loop = asyncio.get_running_loop()
+    return Waiter(loop, 30.0, monotonic() + 30.0, frame.f_code, frame.f_lineno)
 
 
 async def until(holds: Any) -> None:
@@ -86,8 +93,9 @@ async def test_a_pool_opens_again_only_after_begin_life(dsn: str) -> None:
         with pytest.raises(PoolClosed):
             await pool.open()
         line = Line()
-        _compat.begin_life(pool, line, settings)
+        idle = _compat.begin_life(pool, line, settings)
         assert pool._waiting is line
+        assert pool._pool is idle
         assert pool.closed
         assert pool.name == "again"
         assert "_lock" not in vars(pool)
@@ -97,7 +105,7 @@ async def test_a_pool_serves_the_waiters_of_our_line_in_turn(dsn: str) -> None:
     pool = AsyncConnectionPool(dsn, min_size=1, open=False)
     line = Line()
     _compat.begin_life(pool, line, {"conninfo": dsn, "min_size": 1, "max_size": 1})
-    gone, first, second = (Waiter(asyncio.get_running_loop()) for _ in range(3))
+    gone, first, second = (a_waiter() for _ in range(3))
     for waiter in (gone, first, second):
         line.append(waiter)
     gone.future.cancel()
@@ -110,7 +118,7 @@ async def test_a_pool_serves_the_waiters_of_our_line_in_turn(dsn: str) -> None:
         assert second.future.result() is conn
         _compat.set_owner(conn, pool)
         await pool.putconn(conn)
-        assert list(_compat.idle(pool)) == [conn]
+        assert list(pool._pool) == [conn]
     finally:
         await pool.close()
 
@@ -120,7 +128,7 @@ async def test_a_pool_that_closes_fails_the_waiters_of_our_line(dsn: str) -> Non
     line = Line()
     _compat.begin_life(pool, line, {"conninfo": dsn, "min_size": 0, "max_size": 1})
     await pool.open()
-    waiter = Waiter(asyncio.get_running_loop())
+    waiter = a_waiter()
     line.append(waiter)
     await pool.close()
     assert isinstance(waiter.future.exception(), PoolClosed)
@@ -128,7 +136,7 @@ async def test_a_pool_that_closes_fails_the_waiters_of_our_line(dsn: str) -> Non
 
 
 async def test_end_life_gives_the_connections_and_every_task_away(pool: BarePool) -> None:
-    before = set(_compat.idle(pool))
+    before = set(pool._pool)
     connections, tasks = _compat.end_life(pool)
     try:
         assert set(connections) == before
@@ -137,7 +145,7 @@ async def test_end_life_gives_the_connections_and_every_task_away(pool: BarePool
         ours = {task for task in asyncio.all_tasks() if task.get_name().startswith(pool.name)}
         assert set(tasks) == ours
         assert pool.closed
-        assert not _compat.idle(pool)
+        assert not pool._pool
         with pytest.raises(PoolClosed):
             await pool.getconn()
     finally:
@@ -157,7 +165,7 @@ async def test_after_refuse_clients_a_connection_that_comes_is_closed(pool: Bare
     made = await AsyncConnection.connect(pool.conninfo if isinstance(pool.conninfo, str) else "")
     (idle,) = _compat.refuse_clients(pool)
     assert pool.closed
-    assert not _compat.idle(pool)
+    assert not pool._pool
     with pytest.raises(PoolClosed):
         await pool.getconn()
     await pool.putconn(held)
@@ -191,92 +199,7 @@ def test_a_forgotten_task_is_dropped_without_a_word(
     assert ("Task was destroyed but it is pending" in caplog.text) is not forgotten
 
 
-# --- workers that can be cancelled -----------------------------------------------------------
-
-
-class Work:
-    """A maintenance task that connects to a silent server, as far as a worker can see."""
-
-    def __init__(self) -> None:
-        self.begun = asyncio.Event()
-
-    async def run(self) -> None:
-        self.begun.set()
-        with _compat.cancellation_ends_worker():
-            await asyncio.get_running_loop().create_future()
-
-
-async def test_a_worker_of_psycopg_pool_swallows_a_cancellation_at_work() -> None:
-    """Once it does not any more, `run_worker()` is not needed."""
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    work = Work()
-    queue.put_nowait(work)
-    worker = asyncio.create_task(AsyncConnectionPool.worker(queue))
-    await work.begun.wait()
-    worker.cancel()
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert not worker.done()
-    queue.put_nowait(StopWorker(AsyncConnectionPool("", open=False)))
-    await asyncio.wait_for(worker, 10)
-
-
-async def test_run_worker_ends_with_one_cancellation_and_hands_its_work_on() -> None:
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    work = Work()
-    queue.put_nowait(work)
-    worker = asyncio.create_task(_compat.run_worker(AsyncConnectionPool.worker, queue))
-    await work.begun.wait()
-    worker.cancel()
-    await asyncio.wait({worker}, timeout=10)
-    assert worker.cancelled()
-    assert queue.get_nowait() is work
-
-
-async def test_run_worker_ends_when_what_it_does_swallows_the_cancellation() -> None:
-    begun = asyncio.Event()
-
-    class Deaf:
-        async def run(self) -> None:
-            begun.set()
-            try:
-                await asyncio.get_running_loop().create_future()
-            except asyncio.CancelledError:
-                return
-
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    queue.put_nowait(Deaf())
-    worker = asyncio.create_task(_compat.run_worker(AsyncConnectionPool.worker, queue))
-    await begun.wait()
-    worker.cancel()
-    await asyncio.wait({worker}, timeout=10)
-    assert worker.cancelled()
-
-
-async def test_run_worker_works_and_stops_as_a_worker_does() -> None:
-    done = asyncio.Event()
-
-    class Task:
-        async def run(self) -> None:
-            done.set()
-
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    worker = asyncio.create_task(_compat.run_worker(AsyncConnectionPool.worker, queue))
-    queue.put_nowait(Task())
-    await asyncio.wait_for(done.wait(), 10)
-    queue.put_nowait(StopWorker(AsyncConnectionPool("", open=False)))
-    assert await asyncio.wait_for(worker, 10) is None
-
-
-async def test_a_cancellation_outside_of_a_worker_stays_one() -> None:
-    with pytest.raises(asyncio.CancelledError), _compat.cancellation_ends_worker():
-        raise asyncio.CancelledError
-
-
-async def test_psycopg_pool_handles_no_given_up() -> None:
-    from psycopg_pool.pool_async import CLIENT_EXCEPTIONS
-
-    assert not issubclass(_compat.GivenUp, CLIENT_EXCEPTIONS)
+# --- a scheduler that can be cancelled --------------------------------------------------------
 
 
 async def test_the_scheduler_of_a_pool_waits_on_the_event_that_we_replace(dsn: str) -> None:
@@ -332,21 +255,39 @@ async def test_an_endable_event_waits_as_an_event_does() -> None:
 
 
 async def test_the_first_idle_connection_is_the_next_one_handed_out(pool: BarePool) -> None:
-    first, second = _compat.idle(pool)
+    first, second = pool._pool
     assert await pool.getconn() is first
-    assert list(_compat.idle(pool)) == [second]
+    assert list(pool._pool) == [second]
     await pool.putconn(first)
-    assert list(_compat.idle(pool)) == [second, first]
+    assert list(pool._pool) == [second, first]
 
 
 async def test_what_is_put_among_the_idle_is_handed_out(pool: BarePool) -> None:
-    idle = _compat.idle(pool)
+    idle = pool._pool
     conn = idle.popleft()
     idle.append(conn)
     taken = [await pool.getconn() for _ in range(2)]
     assert taken[1] is conn
     for one in taken:
         await pool.putconn(one)
+
+
+async def test_the_idle_connections_stay_in_one_deque_for_life(dsn: str) -> None:
+    pool = AsyncConnectionPool(dsn, open=False)
+    settings: dict[str, Any] = {"conninfo": dsn, "min_size": 1, "max_size": 2}
+    idle = _compat.begin_life(pool, Line(), settings)
+    await pool.open(wait=True)
+    await pool.drain()
+    await pool.resize(2, 2)
+    await pool.wait()
+    await pool.check()
+    assert len(idle) == 2
+    conn = await pool.getconn()
+    assert len(idle) == 1
+    await pool.putconn(conn)
+    assert pool._pool is idle
+    await pool.close()
+    assert pool._pool is idle
 
 
 async def test_the_low_mark_of_idle_connections_is_kept_as_psycopg_pool_keeps_it(
@@ -357,11 +298,9 @@ async def test_the_low_mark_of_idle_connections_is_kept_as_psycopg_pool_keeps_it
     assert pool._nconns_min == 1
     await pool.putconn(conn)
     pool._nconns_min = 2
-    conn = _compat.idle(pool).popleft()
-    _compat.note_idle_low(pool)
+    _compat.note_idle_low(pool, 1)
     assert pool._nconns_min == 1
-    _compat.idle(pool).append(conn)
-    _compat.note_idle_low(pool)
+    _compat.note_idle_low(pool, 2)
     assert pool._nconns_min == 1  # it only goes down
 
 
@@ -377,20 +316,167 @@ async def test_a_pool_grows_by_one_at_a_time_up_to_its_maximum(pool: BarePool) -
     assert _compat.total(pool) == 3
     _compat.grow(pool)
     assert _compat.total(pool) == 3
-    await until(lambda: len(_compat.idle(pool)) == 3)
+    await until(lambda: len(pool._pool) == 3)
     await until(lambda: not pool._growing)
     _compat.grow(pool)
     assert _compat.total(pool) == 3
 
 
+async def test_a_minimum_that_is_raised_asks_for_what_is_missing_and_no_more(
+    pool: BarePool,
+) -> None:
+    _compat.grow(pool)
+    assert _compat.total(pool) == 3
+    _compat.resize(pool, 4, 5)
+    assert (pool.min_size, pool.max_size, _compat.total(pool)) == (4, 5, 4)
+    await until(lambda: len(pool._pool) == 4)
+    _compat.resize(pool, 1, 2)
+    assert (pool.min_size, pool.max_size, _compat.total(pool)) == (1, 2, 4)
+    _compat.resize(pool, 2, None)
+    assert (pool.min_size, pool.max_size) == (2, 2)
+    with pytest.raises(ValueError, match="max_size must be greater or equal"):
+        _compat.resize(pool, 3, 2)
+    assert (pool.min_size, pool.max_size) == (2, 2)
+
+
 async def test_a_lost_connection_is_replaced(pool: BarePool) -> None:
-    conn = _compat.idle(pool).popleft()
+    conn = pool._pool.popleft()
     await conn.close()
     _compat.replace_lost(pool)
     assert _compat.total(pool) == 2
-    await until(lambda: len(_compat.idle(pool)) == 2)
-    assert conn not in _compat.idle(pool)
+    await until(lambda: len(pool._pool) == 2)
+    assert conn not in pool._pool
     assert next(iter(inspect.signature(AddConnection).parameters)) == "pool"
+
+
+async def test_a_connection_found_dead_is_counted_as_lost(pool: BarePool) -> None:
+    conn = pool._pool.popleft()
+    await conn.close()
+    _compat.replace_lost(pool, found_idle=True)
+    assert pool.get_stats()["connections_lost"] == 1
+    await until(lambda: len(pool._pool) == 2)
+
+
+async def test_the_making_of_a_connection_is_told_from_other_work(pool: BarePool) -> None:
+    assert _compat.adds_connection(AddConnection(pool))
+    assert not _compat.adds_connection(ShrinkPool(pool))
+    assert not _compat.adds_connection(StopWorker(pool))
+
+
+async def test_psycopg_pool_asks_for_every_connection_through_run_task(dsn: str) -> None:
+    """So a pool that overrides it makes them all."""
+    asked: list[Any] = []
+
+    class Redirected(AsyncConnectionPool[Any]):
+        def run_task(self, task: Any) -> None:
+            if _compat.adds_connection(task):
+                asked.append(task)
+            else:
+                super().run_task(task)
+
+    async with Redirected(dsn, min_size=2, max_size=3, open=False) as pool:
+        assert len(asked) == 2  # open()
+        for _ in range(2):
+            await _compat.add(pool, await _compat.connect(pool))
+        await pool.resize(3, 4)
+        assert len(asked) == 3
+        await _compat.add(pool, await _compat.connect(pool))
+        await pool.drain()
+        await until(lambda: len(asked) == 6)
+
+
+async def test_a_connection_is_made_and_configured_but_not_added(dsn: str) -> None:
+    configured = []
+
+    async def configure(conn: Any) -> None:
+        configured.append(conn)
+
+    async with AsyncConnectionPool(
+        dsn, min_size=0, max_size=1, configure=configure, open=False
+    ) as p:
+        conn = await _compat.connect(p)
+        assert configured == [conn]
+        assert not p._pool
+        assert conn._expire_at > conn._created_at > 0
+        await conn.close()
+
+
+async def test_a_connection_that_was_added_is_idle(pool: BarePool) -> None:
+    pool._growing = True
+    conn = await _compat.connect(pool)
+    await _compat.add(pool, conn)
+    assert pool._pool[-1] is conn
+    assert not pool._growing
+    assert _compat.total(pool) == 2  # counted when it was asked for
+
+
+async def test_the_growth_goes_on_while_anybody_waits(dsn: str) -> None:
+    pool: BarePool = AsyncConnectionPool(dsn, min_size=0, max_size=2, open=False)
+    line = Line()
+    _compat.begin_life(pool, line, {"conninfo": dsn, "min_size": 0, "max_size": 2})
+    await pool.open()
+    try:
+        waiters = [a_waiter() for _ in range(2)]
+        for waiter in waiters:
+            line.append(waiter)
+        conn = await _compat.connect(pool)
+        pool._nconns += 1
+        await _compat.add(pool, conn)
+        assert waiters[0].future.result() is conn
+        assert _compat.total(pool) == 2
+        second = await asyncio.wait_for(waiters[1].future, 10)
+        for one in (conn, second):
+            await one.close()
+    finally:
+        await pool.close()
+
+
+async def test_the_growth_goes_on_up_to_min_size(pool: BarePool) -> None:
+    pool._nconns = 1
+    lost = pool._pool.popleft()
+    await lost.close()
+    pool._growing = True
+    await _compat.add(pool, await _compat.connect(pool))
+    assert _compat.total(pool) == 2
+    await until(lambda: len(pool._pool) == 3)
+    pool._nconns = 3  # what was added was not asked for
+
+
+async def test_connections_that_are_not_needed_any_more_are_not_counted(pool: BarePool) -> None:
+    pool._nconns += 1
+    pool._growing = True
+    _compat.forget_connections(pool, 1)
+    assert _compat.total(pool) == 2
+    assert not pool._growing
+
+
+async def test_maintenance_that_works_needs_no_mending(pool: BarePool) -> None:
+    before = [*pool._workers, pool._sched_runner]
+    _compat.mend(pool)
+    assert [*pool._workers, pool._sched_runner] == before
+
+
+@pytest.mark.parametrize("killed", ["a worker", "the scheduler", "all", "forgotten"])
+async def test_maintenance_that_somebody_cancelled_is_mended(pool: BarePool, killed: str) -> None:
+    assert pool._sched_runner is not None
+    before = [*pool._workers, pool._sched_runner]
+    dead = {
+        "a worker": before[:1],
+        "the scheduler": before[-1:],
+        "all": before,
+        "forgotten": before[-1:],
+    }[killed]
+    await end(dead)
+    if killed == "forgotten":
+        pool._sched_runner = None
+    _compat.mend(pool)
+    after = [*pool._workers, pool._sched_runner]
+    assert len(after) == len(before)
+    assert not set(after) & set(before)
+    await asyncio.wait(before, timeout=10)
+    assert all(task.done() for task in before)
+    await pool.resize(3, 3)  # the workers work
+    await until(lambda: len(pool._pool) == 3)
 
 
 async def test_a_connection_knows_the_pool_that_it_is_checked_out_of(pool: BarePool) -> None:
@@ -412,11 +498,11 @@ async def test_a_connection_knows_the_pool_that_it_is_checked_out_of(pool: BareP
 async def test_a_connection_expires_after_max_lifetime(dsn: str) -> None:
     async with AsyncConnectionPool(dsn, min_size=1, max_lifetime=100, open=False) as pool:
         conn = await pool.getconn()
-        assert not _compat.is_expired(pool, conn)
+        assert not _compat.is_expired(pool, conn, monotonic())
         assert 94 < conn._expire_at - conn._created_at <= 100
         assert conn._created_at <= monotonic() < conn._expire_at
         conn._expire_at = monotonic()
-        assert _compat.is_expired(pool, conn)
+        assert _compat.is_expired(pool, conn, monotonic())
         await pool.putconn(conn)
         assert conn.closed
 
@@ -424,11 +510,11 @@ async def test_a_connection_expires_after_max_lifetime(dsn: str) -> None:
 async def test_a_connection_older_than_a_drain_is_expired(pool: BarePool) -> None:
     conn = await pool.getconn()
     await pool.drain()
-    assert _compat.is_expired(pool, conn)
+    assert _compat.is_expired(pool, conn, monotonic())
     await pool.putconn(conn)
     assert conn.closed
     conn = await pool.getconn()
-    assert not _compat.is_expired(pool, conn)
+    assert not _compat.is_expired(pool, conn, monotonic())
     await pool.putconn(conn)
 
 
@@ -436,9 +522,9 @@ async def test_a_connection_is_put_back_idle_in_the_callers_task(pool: BarePool)
     conn = await pool.getconn()
     await conn.execute("create temporary table t ()")
     await _compat.put_back(pool, conn)
-    assert conn in _compat.idle(pool)
+    assert conn in pool._pool
     assert conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
-    conn = _compat.idle(pool).pop()
+    conn = pool._pool.pop()
     _compat.set_owner(conn, pool)
     cursor = await conn.execute("select to_regclass('t')")
     assert await cursor.fetchone() == (None,)
@@ -455,7 +541,7 @@ async def test_a_connection_put_back_is_reset_in_the_callers_task(dsn: str) -> N
         conn = await pool.getconn()
         await _compat.put_back(pool, conn)
         assert tasks == [asyncio.current_task()]
-        assert conn in _compat.idle(pool)
+        assert conn in pool._pool
 
 
 @pytest.mark.parametrize(
@@ -468,8 +554,8 @@ async def test_a_broken_connection_put_back_is_counted_and_replaced(
     conn.pgconn.finish()
     await _compat.put_back(pool, conn, from_getconn=from_getconn)
     assert pool.get_stats()[counter] == 1
-    await until(lambda: len(_compat.idle(pool)) == 2)
-    assert conn not in _compat.idle(pool)
+    await until(lambda: len(pool._pool) == 2)
+    assert conn not in pool._pool
 
 
 async def test_a_connection_put_back_into_a_closed_pool_is_closed(

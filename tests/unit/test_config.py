@@ -46,6 +46,7 @@ SECONDS = [
 
 BAD: list[tuple[str, Any]] = [
     *[(name, value) for name in SECONDS for value in (-1, -0.5, math.nan, "5", None, True, [1])],
+    *[("leak_threshold", value) for value in (-1, -0.5, math.nan, "5", True, [1])],
     *[("min_size", value) for value in (-1, 1.0, "4", None, True)],
     *[("max_size", value) for value in (-1, 0, 3, 4.0, "4", True)],
     *[("max_waiting", value) for value in (-1, 1.0, "4", None, False)],

@@ -13,6 +13,8 @@ import pytest
 
 import poolkeeper
 from poolkeeper import errors
+from poolkeeper._diagnosis import Diagnosis, diagnose
+from poolkeeper._snapshot import CheckoutRow, LoadRow, PoolSnapshot, WaiterRow
 from poolkeeper.errors import (
     AcquireTimeout,
     ClosedError,
@@ -24,6 +26,7 @@ from poolkeeper.errors import (
     OpenError,
     PoolkeeperError,
     ReleasedConnectionError,
+    SelfDeadlockError,
     TooManyWaitersError,
     UnclosedManagerWarning,
 )
@@ -36,6 +39,7 @@ BASES = {
     ClosedError: (PoolkeeperError, psycopg_pool.PoolClosed),
     OpenError: (PoolkeeperError, psycopg.OperationalError),
     AcquireTimeout: (PoolkeeperError, psycopg_pool.PoolTimeout),
+    SelfDeadlockError: (AcquireTimeout,),
     TooManyWaitersError: (PoolkeeperError, psycopg_pool.TooManyRequests),
     ReleasedConnectionError: (PoolkeeperError, psycopg.InterfaceError),
     MissingDependencyError: (PoolkeeperError, ImportError),
@@ -75,6 +79,7 @@ def test_what_the_package_exports_is_there() -> None:
     [
         (OpenError, psycopg.Error),
         (AcquireTimeout, psycopg.OperationalError),
+        (SelfDeadlockError, psycopg_pool.PoolTimeout),
         (NotOpenError, psycopg.OperationalError),
         (ReleasedConnectionError, psycopg.Error),
         (MissingDependencyError, ImportError),
@@ -127,10 +132,24 @@ def test_a_copy_keeps_everything(cls: type[PoolkeeperError], copied: Any) -> Non
     _same(cls, copied)
 
 
+def a_diagnosis() -> Diagnosis:
+    """With a row of each kind, so that all of them are known to travel."""
+    row = CheckoutRow("report-7", "app/report.py:52", 41.2, 40.0, "idle", 0.1, 4711, stack="...")
+    waiter = WaiterRow("task", "app/x.py:1", 1.5, 0)
+    return diagnose(
+        PoolSnapshot(
+            "orders", "open", 1, 1, 0, 1, 1,
+            checkouts=(row,), waiters=(waiter,), load=LoadRow(10.0, 5, 4, 3.0, 2.0),
+        )
+    )  # fmt: skip
+
+
 def _same(cls: type[PoolkeeperError], travel: Any) -> None:
     fields: dict[str, Any] = {"detail": "Facts.", "hint": "Advice."}
     if cls is ConfigError:
         fields["parameter"] = "max_size"
+    if issubclass(cls, AcquireTimeout):
+        fields["diagnosis"] = a_diagnosis()
     error = cls("what happened", **fields)
     other = travel(error)
     assert type(other) is cls
@@ -143,6 +162,13 @@ def _same(cls: type[PoolkeeperError], travel: Any) -> None:
 def test_a_config_error_names_the_parameter() -> None:
     assert ConfigError("x", parameter="name").parameter == "name"
     assert ConfigError("x").parameter is None
+
+
+def test_a_timeout_says_why_where_that_is_known() -> None:
+    diagnosis = a_diagnosis()
+    assert AcquireTimeout("x", diagnosis=diagnosis).diagnosis is diagnosis
+    assert AcquireTimeout("x").diagnosis is None
+    assert SelfDeadlockError("x", diagnosis=diagnosis).diagnosis is diagnosis
 
 
 def test_a_hint_sends_to_the_docs() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from .programs import Run
 
-NOT_YET = "not handled yet: "
 SKIPPED = "not shown: "
 
 AT_ONCE = 0.9
@@ -30,7 +29,6 @@ class Case:
         tell: Says in a few words what happened.
         kept: Tells whether that is what poolkeeper promises.
         shown: The messages to print.
-        promised: False where poolkeeper does not do it yet; it may then fail *kept*.
     """
 
     program: str
@@ -38,20 +36,16 @@ class Case:
     tell: Callable[[Run], str]
     kept: Callable[[Run], bool]
     shown: Callable[[Run], list[str]]
-    promised: bool = True
 
     def cell(self, run: Run) -> str:
         """Return what happened on one side."""
         if "skipped" in run.facts:
             return f"{SKIPPED}{run.facts['skipped']}"
         try:
-            text = self.tell(run)
+            return self.tell(run)
         except (KeyError, TypeError):
             ended = "was killed" if run.killed else f"ended with status {run.code}"
             return f"the program {ended} and reported nothing: {run.last_words or 'no message'}"
-        if run.side == "poolkeeper" and not self.promised and not self.kept(run):
-            return f"{NOT_YET}{text}"
-        return text
 
     def messages(self, run: Run) -> list[str]:
         """Return the messages that one side printed, the whole of them."""
@@ -62,7 +56,7 @@ class Case:
 
     def broken(self, run: Run) -> bool:
         """Tell whether poolkeeper did not do what it promises."""
-        if "skipped" in run.facts or not self.promised:
+        if "skipped" in run.facts:
             return False
         try:
             return not self.kept(run)
@@ -403,7 +397,6 @@ MISTAKES: tuple[Mistake, ...] = (
                 _killed,
                 _killed_kept,
                 _killed_text,
-                promised=False,
             ),
         ),
     ),
@@ -411,7 +404,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "The server is away for 3.5 s",
         "Its sessions are ended, and new connections go to a port that refuses them; then it is"
         " back. A request waits for a connection from that moment on.",
-        (Case("outage", "server away", _outage, _outage_kept, _nothing, promised=False),),
+        (Case("outage", "server away", _outage, _outage_kept, _nothing),),
     ),
     Mistake(
         "close() while a query runs",

@@ -357,13 +357,15 @@ def outage() -> None:
             where = away
             gone = perf_counter()
             await _end_sessions(pool, 4)
-            await asyncio.gather(*(attempt(ask(pool)) for _ in range(4)))
+            noticing = [asyncio.create_task(attempt(ask(pool))) for _ in range(4)]
             await asyncio.sleep(max(0, gone + OUTAGE - perf_counter()))
             where = DSN
             back = perf_counter()
             while (await attempt(ask(pool)))["error"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-            finish(away=OUTAGE, seconds_late=perf_counter() - back)
+            late = perf_counter() - back
+            await asyncio.wait(noticing)
+            finish(away=OUTAGE, seconds_late=late)
 
         asyncio.run(main())
 

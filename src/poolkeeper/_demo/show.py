@@ -26,7 +26,7 @@ from poolkeeper import PoolkeeperError, PoolManager, __version__
 from poolkeeper._conninfo import normalise
 
 from . import app, programs
-from .catalogue import MISTAKES, NOT_YET, SKIPPED, Case, span
+from .catalogue import MISTAKES, SKIPPED, Case, span
 from .narration import Narrator, markdown_table
 from .programs import Programs, Run
 
@@ -105,10 +105,7 @@ def _show(
 
 
 def _verdict(rows: list[tuple[str, str, str]], broken: list[str]) -> str:
-    waiting = [label for label, _, ours in rows if ours.startswith(NOT_YET)]
-    text = f"{len(rows) - len(waiting) - len(broken)} of {len(rows)} as poolkeeper promises."
-    if waiting:
-        text += f" Not handled yet: {', '.join(waiting)}."
+    text = f"{len(rows) - len(broken)} of {len(rows)} as poolkeeper promises."
     if broken:
         text += f" NOT AS PROMISED: {', '.join(broken)}."
     return text
@@ -307,7 +304,7 @@ def _show_mistakes(
                 if len(mistake.cases) > 1:
                     narrator.paragraph(case.label + ":")
                 is_broken = case.broken(ours)
-                good = None if case.cell(ours).startswith((NOT_YET, SKIPPED)) else not is_broken
+                good = None if case.cell(ours).startswith(SKIPPED) else not is_broken
                 narrator.result("bare pool", case.cell(bare), case.messages(bare), False)
                 narrator.result("poolkeeper", case.cell(ours), case.messages(ours), good)
                 rows.append((case.label, case.cell(bare), case.cell(ours)))

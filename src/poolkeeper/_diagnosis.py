@@ -1,0 +1,301 @@
+"""
+From facts to words: why nobody gets a connection.
+
+Pure: the same snapshot gives the same words. Each rule below looks for one cause and, where it
+finds it, says how it knows and what to do. The causes are tried in the order in which one of
+them explains the others: a server that is away explains an empty pool, a stalled loop explains
+connections that are held long.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil
+
+from ._snapshot import CheckoutRow, PoolSnapshot
+
+HARDLY_USED = 0.2
+"""Below this share of its time a connection counts as held for something else."""
+
+HELD_LONG = 1.0
+"""Seconds below which no single checkout is called long."""
+
+STALL = 0.25
+"""Seconds that the loop must stand still to be named as a cause."""
+
+_NAMED = 3  # rows that are shown one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One cause, how it is known, and what to do about it."""
+
+    cause: str
+    """Stable name, such as ``"self-deadlock"``; the anchor of its docs."""
+
+    summary: str
+    """The cause in half a sentence."""
+
+    evidence: tuple[str, ...]
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """
+    Why connections are short, the likely cause first.
+
+    ``str()`` gives all of it in lines; it is what `AcquireTimeout` prints.
+
+    .. versionadded:: 0.1.0
+    """
+
+    snapshot: PoolSnapshot
+    findings: tuple[Finding, ...]
+
+    @property
+    def cause(self) -> str:
+        """Name of the likely cause; ``"none"`` if nothing is wrong."""
+        return self.findings[0].cause if self.findings else "none"
+
+    @property
+    def summary(self) -> str:
+        """The likely cause in half a sentence."""
+        return self.findings[0].summary if self.findings else "nothing is wrong"
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """How the likely cause is known."""
+        return self.findings[0].evidence if self.findings else ()
+
+    @property
+    def advice(self) -> str:
+        """What to do about the likely cause."""
+        return self.findings[0].advice if self.findings else ""
+
+    @property
+    def detail(self) -> str:
+        """The numbers and the evidence, in sentences."""
+        sentences = [f"{self.snapshot.numbers()}.", *self.evidence]
+        sentences += [f"Also: {finding.summary}." for finding in self.findings[1:]]
+        return " ".join(sentences)
+
+    def __str__(self) -> str:
+        snapshot = self.snapshot
+        lines = [f'pool "{snapshot.name}" ({snapshot.state}): {self.summary}']
+        lines.append(f"DETAIL:  {self.detail}")
+        if self.advice:
+            lines.append(f"HINT:  {self.advice}")
+        return "\n".join(lines)
+
+
+def diagnose(snapshot: PoolSnapshot) -> Diagnosis:
+    """Return what *snapshot* says about why connections are short."""
+    if snapshot.state in ("new", "closing", "closed"):
+        advice = "Open it with await manager.open()."
+        not_open = Finding("not-open", f"the pool is {snapshot.state}", (), advice)
+        return Diagnosis(snapshot, (not_open,))
+    found = [finding for rule in _RULES if (finding := rule(snapshot)) is not None]
+    if not found:
+        found = [finding for finding in (_in_use(snapshot),) if finding is not None]
+    return Diagnosis(snapshot, tuple(found))
+
+
+# --- one rule for each cause ------------------------------------------------------------------
+
+
+def _self_deadlock(s: PoolSnapshot) -> Finding | None:
+    if not s.checkouts or s.in_use < s.max or not all(row.task_waits for row in s.checkouts):
+        return None
+    return Finding(
+        "self-deadlock",
+        "every task that holds a connection waits for another one",
+        (_list("Held", s.checkouts),),
+        "Pass the connection that a task holds down to what it calls, instead of acquiring a"
+        " second one. No max_size is enough for tasks that acquire while they hold.",
+    )
+
+
+def _server(s: PoolSnapshot) -> Finding | None:
+    if s.last_error is None or s.total >= s.max:
+        return None
+    evidence = [
+        f"The last attempt failed {s.last_error_seconds:.1f} s ago: {s.last_error}.",
+        f"{_number(s.attempts_failed, 'attempt')} failed in {s.failing_seconds:.1f} s.",
+    ]
+    if s.next_attempt_seconds is not None:
+        evidence.append(f"The next one is due in {s.next_attempt_seconds:.2f} s.")
+    return Finding(
+        "server",
+        f"no connection can be made: {s.last_error}",
+        tuple(evidence),
+        s.last_error_advice,
+    )
+
+
+def _stalled(s: PoolSnapshot) -> Finding | None:
+    if s.stalled_seconds < STALL:
+        return None
+    ran = f" It was running {s.stalled_by}." if s.stalled_by else ""
+    return Finding(
+        "stalled-loop",
+        f"the event loop stood still for {s.stalled_seconds:.1f} s",
+        (
+            f"Nothing on the loop ran for {s.stalled_seconds:.1f} s while a task waited: neither"
+            f" a release nor an acquire could go on.{ran}",
+        ),
+        "Find the blocking call: run with asyncio debug mode (PYTHONASYNCIODEBUG=1), and move it"
+        " to asyncio.to_thread().",
+    )
+
+
+def _leaked(s: PoolSnapshot) -> Finding | None:
+    rows = [row for row in s.checkouts if row.task_done or row.suspected_leak]
+    if not rows or s.in_use < s.max:
+        return None
+    done = sum(row.task_done for row in rows)
+    summary = (
+        f"{_number(len(rows), 'connection')} {'was' if len(rows) == 1 else 'were'}"
+        " not given back" + (f", {done} of them by a task that has ended" if done else "")
+    )
+    return Finding(
+        "suspected-leak",
+        summary,
+        (_list("Suspected", rows),),
+        'Acquire with "async with manager.connection()": what getconn() took, putconn() must give'
+        " back on every path.",
+    )
+
+
+def _several_by_one_task(s: PoolSnapshot) -> Finding | None:
+    rows = [row for row in s.checkouts if row.held_by_task > 1]
+    if not rows or s.in_use < s.max:
+        return None
+    worst = max(rows, key=lambda row: row.held_by_task)
+    return Finding(
+        "several-held-by-one-task",
+        f'task "{worst.task}" holds {worst.held_by_task} connections',
+        (_list("Held", rows),),
+        f'Task "{worst.task}" holds {worst.held_by_task} connections; pass the first one down.',
+    )
+
+
+def _hardly_used(s: PoolSnapshot) -> Finding | None:
+    rows = [
+        row for row in s.checkouts if row.held_seconds >= HELD_LONG and row.used_share < HARDLY_USED
+    ]
+    if s.in_use < s.max or len(rows) * 2 < s.in_use:
+        return None
+    sites = Counter(row.site for row in rows)
+    lines = ", ".join(f"{site} ({n}x)" if n > 1 else site for site, n in sites.most_common(_NAMED))
+    held = sum(row.held_seconds for row in rows)
+    used = sum(row.query_seconds for row in rows)
+    return Finding(
+        "held-but-hardly-used",
+        "connections are held while something else is waited for",
+        (
+            f"{_number(len(rows), 'connection')} held for {held:.1f} s in all, in queries for"
+            f" {used:.1f} s of it, acquired at {lines}.",
+            _list("Longest", rows),
+        ),
+        "Probably an HTTP call, a streamed response or a lock inside the block: give the"
+        " connection back before it, and acquire again after it.",
+    )
+
+
+def _running(s: PoolSnapshot) -> Finding | None:
+    rows = [row for row in s.checkouts if row.status == "running a query"]
+    long = [row for row in rows if row.status_seconds >= HELD_LONG]
+    if s.in_use < s.max or len(long) * 2 < s.in_use:
+        return None
+    return Finding(
+        "slow-queries",
+        "all connections are in use, most by queries that take long",
+        (_list("Running longest", sorted(long, key=lambda row: -row.status_seconds)),),
+        "Look at what the server does: pg_stat_activity by these process numbers, pg_locks,"
+        " EXPLAIN. statement_timeout bounds them.",
+    )
+
+
+def _too_small(s: PoolSnapshot) -> Finding | None:
+    load = s.load
+    if s.in_use < s.max or not load.released or load.window_seconds < 0.5:
+        return None
+    # Little's law: connections in use = arrivals per second x seconds that each is held. Those
+    # who wait have arrived too.
+    arrivals = (load.acquires + s.waiting) / load.window_seconds
+    needed = arrivals * load.mean_held_seconds
+    if needed <= s.max:
+        return None
+    return Finding(
+        "too-small",
+        f"max_size={s.max} is too small for the load",
+        (
+            f"In the last {load.window_seconds:.1f} s {arrivals:.0f} acquires came per second, each"
+            f" held for {load.mean_held_seconds * 1000:.1f} ms: that keeps {needed:.1f} connections"
+            f" busy (Little's law), and there are {s.max}.",
+        ),
+        f"Hold connections for a shorter time, or set max_size to {ceil(needed * 1.2)} if the"
+        " server has room for as many from every process.",
+    )
+
+
+def _in_use(s: PoolSnapshot) -> Finding | None:
+    if s.in_use < s.max:
+        return None
+    states = Counter(row.status for row in s.checkouts)
+    kinds = ", ".join(f"{n} {status}" for status, n in states.most_common())
+    return Finding(
+        "all-in-use",
+        "all connections are in use",
+        (f"{kinds}." if kinds else "", _list("Longest", s.checkouts)),
+        "Keep a connection only while it works: not across HTTP calls or streams.",
+    )
+
+
+def _growing(s: PoolSnapshot) -> Finding | None:
+    if s.total >= s.max or s.idle or s.last_error is not None:
+        return None
+    if not s.waiting and not s.connecting:
+        return None
+    if s.connecting:
+        said = f"{_number(s.connecting, 'connection attempt')} had no answer from the server yet."
+    else:
+        said = "A connection was about to be made."
+    return Finding(
+        "growing",
+        "the pool is still making connections",
+        (said,),
+        "If it is always so, give min_size more connections to start with; if the server is slow"
+        " to log in, look at what stands between.",
+    )
+
+
+_RULES: tuple[Callable[[PoolSnapshot], Finding | None], ...] = (
+    _self_deadlock,
+    _server,
+    _stalled,
+    _leaked,
+    _several_by_one_task,
+    _hardly_used,
+    _running,
+    _too_small,
+    _growing,
+)
+
+
+def _list(word: str, rows: Iterable[CheckoutRow]) -> str:
+    rows = list(rows)
+    shown = "; ".join(
+        f'task "{row.task}" at {row.site}, held {row.held_seconds:.1f} s, in queries'
+        f" {row.query_seconds:.1f} s, {row.status} (server process {row.backend_pid})"
+        for row in rows[:_NAMED]
+    )
+    more = f"; and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{word}: {shown}{more}."
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

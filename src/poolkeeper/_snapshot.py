@@ -1,0 +1,155 @@
+"""
+Frozen facts about a pool at one moment: what `snapshot()` returns and `_diagnosis` reads.
+
+Strings and numbers only. Taking one never touches the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class CheckoutRow:
+    """One connection in use. Instantaneous, but for the times, which count from its acquire."""
+
+    task: str
+    """Name of the task that acquired it."""
+
+    site: str
+    """``file:line`` that acquired it."""
+
+    held_seconds: float
+    """Seconds since it was acquired."""
+
+    query_seconds: float
+    """How many of them were spent waiting for the server."""
+
+    status: str
+    """What it does now: "running a query", "idle in transaction" or "idle"."""
+
+    status_seconds: float
+    """Seconds since it last began or ended a query."""
+
+    backend_pid: int
+    """Process number of its session on the server."""
+
+    held_by_task: int = 1
+    """How many connections its task holds, this one included."""
+
+    task_done: bool = False
+    """True if the task has ended without giving it back."""
+
+    task_waits: bool = False
+    """True if the task waits for one more connection."""
+
+    suspected_leak: bool = False
+    """True if it is held for longer than ``leak_threshold``."""
+
+    stack: str = ""
+    """Stack of the acquire; kept only where ``leak_threshold`` is set."""
+
+    @property
+    def used_share(self) -> float:
+        """Share of the held time that was spent waiting for the server, 0 to 1."""
+        return min(1.0, self.query_seconds / self.held_seconds) if self.held_seconds > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WaiterRow:
+    """One task waiting for a connection. Instantaneous."""
+
+    task: str
+    site: str
+    waited_seconds: float
+    holds: int
+    """How many connections the task holds already."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRow:
+    """What was asked of the pool lately. Over the last *window_seconds*."""
+
+    window_seconds: float
+    acquires: int
+    """Connections acquired."""
+
+    released: int
+    """Connections given back."""
+
+    held_seconds: float
+    """Sum of the time that those given back were held."""
+
+    query_seconds: float
+    """Sum of the time that those given back spent waiting for the server."""
+
+    @property
+    def arrivals_per_second(self) -> float:
+        """Acquires per second."""
+        return self.acquires / self.window_seconds if self.window_seconds > 0 else 0.0
+
+    @property
+    def mean_held_seconds(self) -> float:
+        """Mean time that a connection was held."""
+        return self.held_seconds / self.released if self.released else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """
+    A pool at one moment.
+
+    The five numbers are instantaneous. `opened` and the rows hold places and names, never a
+    connection string, a query or a parameter.
+
+    .. versionadded:: 0.1.0
+    """
+
+    name: str
+    state: str
+    total: int
+    in_use: int
+    idle: int
+    max: int
+    waiting: int
+    min: int = 0
+    opened: str = ""
+    checkouts: tuple[CheckoutRow, ...] = ()
+    """Longest held first."""
+
+    waiters: tuple[WaiterRow, ...] = ()
+    """First in line first; at most a hundred of them."""
+
+    connecting: int = 0
+    """Connection attempts that have no answer yet."""
+
+    attempts_failed: int = 0
+    """Connection attempts that failed since the last that succeeded."""
+
+    last_error: str | None = None
+    """Why the last of them failed; None if none has failed since the last success."""
+
+    last_error_advice: str = ""
+    last_error_seconds: float = 0.0
+    """Seconds since it failed."""
+
+    failing_seconds: float = 0.0
+    """Seconds since the first of them failed."""
+
+    next_attempt_seconds: float | None = None
+    """Seconds until the next attempt; None if none is due."""
+
+    stalled_seconds: float = 0.0
+    """Longest time that the owner loop did not run while somebody waited lately."""
+
+    stalled_by: str = ""
+    """What ran meanwhile, where asyncio's debug mode knows."""
+
+    load: LoadRow = field(default_factory=lambda: LoadRow(0.0, 0, 0, 0.0, 0.0))
+
+    def numbers(self) -> str:
+        """Return the five numbers, in their order."""
+        return (
+            f"total={self.total} in_use={self.in_use} idle={self.idle} max={self.max}"
+            f" waiting={self.waiting}"
+        )

@@ -1,0 +1,459 @@
+"""When the connector makes a connection: how many at once, how often, and when it gives one up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+
+from poolkeeper._recovery import Connector
+from tests.unit.fake_time import FakeLoop
+
+REFUSED = psycopg.OperationalError("Connection refused")
+NO_ROLE = psycopg.OperationalError('FATAL:  role "app" does not exist')
+
+PROBE = Connector.PROBE_EVERY
+
+
+class FakePool:
+    """A pool whose server answers when and what the test says."""
+
+    name = "orders"
+    num_workers = 3
+    connector: Connector
+
+    def __init__(self) -> None:
+        self.attempts: list[asyncio.Future[None]] = []
+        self.made = 0
+        self.failed: list[Exception] = []
+        self.spare = 0
+        self.tasks_go_on = True
+
+    async def make_connection(self) -> None:
+        attempt = asyncio.get_running_loop().create_future()
+        self.attempts.append(attempt)
+        await attempt
+        self.connector.answered()
+        if self.connector.claim():
+            self.made += 1
+
+    def may_start_tasks(self) -> bool:
+        return self.tasks_go_on
+
+    def spare_attempts(self, wanted: int) -> int:
+        given_up = max(0, min(wanted, self.spare))
+        self.spare -= given_up
+        return given_up
+
+    def connect_failed(self, error: Exception) -> None:
+        self.failed.append(error)
+
+    @property
+    def unanswered(self) -> list[asyncio.Future[None]]:
+        return [attempt for attempt in self.attempts if not attempt.done()]
+
+
+class Server:
+    """The connector of a pool, and the time and the server that it has to do with."""
+
+    def __init__(self) -> None:
+        self.loop = FakeLoop()
+        self.pool = FakePool()
+        self.connector = Connector(self.pool, self.loop)  # type: ignore[arg-type]
+        self.pool.connector = self.connector
+
+    async def want(self, number: int) -> None:
+        for _ in range(number):
+            self.connector.add()
+        await settle()
+
+    async def answer(self, error: Exception | None = None, number: int | None = None) -> None:
+        """Answer the attempts that wait for it, or so many of them, the oldest first."""
+        for attempt in self.pool.unanswered[:number]:
+            if error is None:
+                attempt.set_result(None)
+            else:
+                attempt.set_exception(error)
+        await settle()
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let time pass, a little at a time, and let tasks run meanwhile."""
+        for _ in range(round(seconds * 16)):
+            self.loop.pass_time(1 / 16)  # a float that adds up
+            await settle()
+
+    async def until_refused(self, number: int = 1) -> None:
+        """Let *number* connections be wanted, and the server refuse."""
+        await self.want(number)
+        await self.answer(REFUSED)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
+    server = Server()
+    monkeypatch.setattr("poolkeeper._recovery.monotonic", server.loop.time)
+    yield server
+    tasks = server.connector.stop()
+    await settle()
+    assert all(task.done() for task in tasks)
+    assert not [t for t in asyncio.all_tasks() if t.get_name() == "orders-connect"]
+    assert not server.loop.timers
+
+
+# --- while the server answers -------------------------------------------------------------------
+
+
+async def test_connections_are_made_as_many_at_once_as_there_are_workers(server: Server) -> None:
+    await server.want(5)
+    assert server.connector.pending == len(server.pool.unanswered) == 3
+    assert server.connector.wanted == 5
+    await server.answer(number=1)
+    assert server.connector.pending == 3
+    await server.answer()
+    assert server.connector.pending == 1
+    await server.answer()
+    assert (server.connector.pending, server.connector.wanted) == (0, 0)
+    assert server.pool.made == len(server.pool.attempts) == 5
+
+
+async def test_nothing_ticks_while_the_server_answers(server: Server) -> None:
+    await server.want(2)
+    await server.answer()
+    assert not server.loop.timers
+    assert server.connector.next_attempt_seconds is None
+    assert server.connector.last_error is None
+
+
+async def test_nothing_is_made_that_nobody_wants(server: Server) -> None:
+    server.connector.go_on()
+    await settle()
+    assert not server.pool.attempts
+
+
+# --- while it does not ---------------------------------------------------------------------------
+
+
+async def test_one_probe_is_sent_per_interval(server: Server) -> None:
+    await server.until_refused(3)
+    assert len(server.pool.attempts) == 3
+    for number in range(4, 20):
+        await server.pass_time(PROBE)
+        assert len(server.pool.attempts) == number
+        await server.answer(REFUSED)
+    assert server.connector.wanted == 3
+
+
+async def test_what_is_added_meanwhile_waits_for_the_probe(server: Server) -> None:
+    await server.until_refused()
+    await server.want(10)
+    server.connector.go_on()
+    await settle()
+    assert not server.pool.unanswered
+    assert len(server.loop.timers) == 1
+    assert server.connector.next_attempt_seconds == PROBE
+    await server.pass_time(PROBE)
+    assert len(server.pool.unanswered) == 1
+
+
+async def test_a_failure_is_written_down(server: Server) -> None:
+    await server.until_refused(2)
+    begin = server.loop.now
+    await server.pass_time(PROBE)
+    await server.answer(REFUSED)
+    connector = server.connector
+    assert connector.last_error is REFUSED
+    assert connector.last_error.__traceback__ is None
+    assert connector.failures == len(server.pool.failed) == 3
+    assert connector.failing_since == begin
+    assert connector.last_failed == pytest.approx(begin + PROBE)
+    assert connector.pending == 0
+
+
+async def test_a_success_lets_all_others_go_on_at_once(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "poolkeeper")
+    await server.until_refused(5)
+    await server.pass_time(PROBE)
+    await server.answer()
+    assert server.connector.last_error is None
+    assert server.connector.failures == 0
+    assert server.connector.pending == 3
+    assert server.connector.next_attempt_seconds is None
+    assert 'pool "orders": connections can be made again, after' in caplog.text
+    assert "and 3 attempts" in caplog.text
+    await server.answer()
+    await server.answer()
+    assert server.pool.made == 5
+
+
+async def test_a_success_that_comes_before_the_next_probe_ends_the_probing(
+    server: Server,
+) -> None:
+    await server.want(2)
+    await server.answer(REFUSED, number=1)
+    assert len(server.loop.timers) == 1
+    await server.answer()
+    assert server.connector.next_attempt_seconds is None
+    assert server.connector.pending == 1
+    await server.answer()
+    assert not server.loop.timers
+
+
+async def test_the_last_success_of_all_ends_the_probing(server: Server) -> None:
+    await server.until_refused()
+    await server.pass_time(PROBE)
+    await server.answer()
+    assert not server.loop.timers
+    await server.pass_time(5)
+    assert len(server.pool.attempts) == 2
+
+
+async def test_a_reason_that_stays_is_probed_for_more_slowly(server: Server) -> None:
+    await server.want(1)
+    await server.answer(NO_ROLE)
+    slow = Connector.PROBE_EVERY_IF_PERMANENT
+    assert server.connector.next_attempt_seconds == slow
+    await server.pass_time(slow - 1 / 16)
+    assert len(server.pool.attempts) == 1
+    await server.pass_time(1 / 16)
+    assert len(server.pool.attempts) == 2
+    await server.answer(NO_ROLE)
+    await server.pass_time(slow)
+    await server.answer()
+    assert server.pool.made == 1
+
+
+async def test_connections_that_nobody_needs_any_more_are_not_probed_for(server: Server) -> None:
+    await server.until_refused(3)
+    server.pool.spare = 3
+    await server.pass_time(PROBE)
+    assert server.connector.wanted == 0
+    assert len(server.pool.attempts) == 3
+    assert not server.loop.timers
+    await server.want(1)
+    assert len(server.loop.timers) == 1
+    await server.pass_time(PROBE)
+    assert len(server.pool.unanswered) == 1
+
+
+async def test_an_attempt_under_way_is_not_spared(server: Server) -> None:
+    await server.until_refused(2)
+    await server.pass_time(PROBE)
+    server.pool.spare = 2
+    await server.pass_time(PROBE)
+    assert server.connector.wanted == 1  # the one under way
+    await server.answer()
+    assert server.pool.made == 1
+
+
+# --- an attempt that gets no answer --------------------------------------------------------------
+
+
+async def test_another_probe_starts_beside_one_without_an_answer(server: Server) -> None:
+    await server.until_refused(5)
+    await server.pass_time(PROBE)
+    assert len(server.pool.unanswered) == 1
+    await server.pass_time(Connector.BESIDE_AFTER - PROBE)
+    assert len(server.pool.unanswered) == 1
+    await server.pass_time(2 * PROBE)
+    assert len(server.pool.unanswered) == 2
+    await server.pass_time(Connector.BESIDE_AFTER)
+    assert len(server.pool.unanswered) == 3
+    await server.answer(number=-1)  # all but the last
+    assert server.pool.made == 2
+    assert server.connector.last_error is None
+
+
+async def test_there_are_never_more_of_them_than_workers(server: Server) -> None:
+    await server.until_refused(10)
+    for _ in range(200):
+        await server.pass_time(PROBE)
+        assert len(server.pool.unanswered) <= FakePool.num_workers
+
+
+async def test_an_attempt_without_an_answer_needs_no_failure_to_be_noticed(
+    server: Server,
+) -> None:
+    """Packets are dropped from one moment to the next: nothing ever fails."""
+    await server.want(1)
+    await server.pass_time(Connector.BESIDE_AFTER + PROBE)
+    assert len(server.pool.unanswered) == 2
+    server.pool.unanswered[1].set_result(None)
+    await settle()
+    assert server.pool.made == 1
+    assert not server.pool.unanswered  # the other one is not wanted any more
+    assert not server.loop.timers
+
+
+async def test_the_youngest_is_given_up_for_a_new_one_again_and_again(server: Server) -> None:
+    """Of a server that answers new connections only, and of a slow one alike."""
+    await server.want(3)
+    first, second, third = server.pool.unanswered
+    for _ in range(3):
+        await server.pass_time(1)
+        assert third.cancelled()
+        assert server.pool.unanswered[:2] == [first, second]
+        third = server.pool.attempts[-1]
+    assert server.connector.last_error is None
+
+
+async def test_both_of_two_that_are_answered_at_once_are_not_both_kept(server: Server) -> None:
+    await server.want(1)
+    await server.pass_time(Connector.BESIDE_AFTER + PROBE)
+    for attempt in server.pool.unanswered:
+        attempt.set_result(None)
+    await settle()
+    assert server.pool.made == 1
+    assert server.connector.wanted == 0
+
+
+async def test_logins_that_are_slow_are_not_taken_for_silence(server: Server) -> None:
+    await server.want(1)
+    await server.pass_time(2)
+    await server.answer(number=1)
+    await server.want(1)
+    before = len(server.pool.attempts)
+    await server.pass_time(4)
+    assert len(server.pool.attempts) == before
+    await server.answer()
+    assert server.pool.made == 2
+
+
+async def test_no_answer_is_a_failure_in_the_end(server: Server) -> None:
+    await server.want(1)
+    await server.pass_time(Connector.PATIENCE + 1)
+    assert isinstance(server.connector.last_error, psycopg.errors.ConnectionTimeout)
+    assert server.pool.failed == [server.connector.last_error]
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 10])
+async def test_the_oldest_is_given_up_with_growing_patience(server: Server, wanted: int) -> None:
+    """However few are wanted: those under way may be all of them."""
+    await server.until_refused(wanted)
+    await server.pass_time(PROBE)
+    given_up = []
+    for _ in range(30 * 4):
+        oldest = server.pool.unanswered[0] if server.pool.unanswered else None
+        await server.pass_time(PROBE)
+        if oldest is not None and oldest.cancelled():
+            given_up.append(server.loop.now)
+    assert 3 <= len(given_up) <= 8
+    assert len(server.pool.attempts) < wanted + 30 * 2  # two in a second
+    assert server.connector.wanted == wanted
+    assert server.connector._patience > Connector.PATIENCE
+    await server.answer()
+    assert server.connector._patience == Connector.PATIENCE
+    assert server.connector.last_error is None
+
+
+async def test_the_patience_doubles_up_to_a_bound(server: Server) -> None:
+    await server.until_refused(3)
+    patience = {server.connector._patience}
+    for _ in range(300 * 4):
+        await server.pass_time(PROBE)
+        patience.add(server.connector._patience)
+    assert sorted(patience) == [4.0, 8.0, 16.0, 32.0, 60.0]
+
+
+async def test_a_connection_that_another_attempt_made_first_is_not_wanted(
+    server: Server,
+) -> None:
+    await server.want(1)
+    await server.pass_time(2)
+    assert len(server.pool.unanswered) >= 2
+    await server.answer()
+    assert server.pool.made == 1
+    assert server.connector.wanted == 0
+    assert not server.connector.claim()
+
+
+async def test_a_connection_that_was_claimed_and_lost_is_wanted_again(server: Server) -> None:
+    await server.want(1)
+    assert server.connector.claim()
+    assert server.connector.wanted == 0
+    server.connector.unclaim()
+    assert server.connector.wanted == 1
+    await server.answer()
+    assert server.pool.made == 1
+
+
+# --- cancelled, stopped, abandoned ----------------------------------------------------------------
+
+
+async def test_attempts_that_somebody_cancelled_go_on_when_told_to(server: Server) -> None:
+    """As at the end of ``asyncio.run()``, or by whoever cancels all tasks there are."""
+    await server.want(2)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await settle()
+    assert server.connector.pending == 0
+    assert server.connector.wanted == 2
+    assert server.connector.last_error is None
+    server.connector.go_on()
+    await settle()
+    await server.answer()
+    assert server.pool.made == 2
+
+
+async def test_nothing_is_started_on_a_loop_that_is_ending(server: Server) -> None:
+    server.pool.tasks_go_on = False
+    await server.want(2)
+    assert not server.pool.attempts
+    server.pool.tasks_go_on = True
+    server.connector.go_on()
+    await settle()
+    await server.answer(REFUSED)
+    server.pool.tasks_go_on = False
+    await server.pass_time(PROBE)
+    assert len(server.pool.attempts) == 2
+    assert not server.loop.timers
+    server.pool.tasks_go_on = True
+    server.connector.go_on()
+    await server.pass_time(PROBE)
+    await server.answer()
+    await server.answer()
+    assert server.pool.made == 2
+
+
+async def test_stop_leaves_no_task_and_no_timer(server: Server) -> None:
+    await server.want(5)
+    await server.answer(REFUSED, number=1)
+    tasks = server.connector.stop()
+    assert len(tasks) == 2
+    await asyncio.wait(tasks, timeout=10)
+    assert all(task.cancelled() for task in tasks)
+    assert server.connector.pending == 0
+    assert server.connector.next_attempt_seconds is None
+    server.connector.add()
+    server.connector.go_on()
+    await server.pass_time(5)
+    assert not server.loop.timers
+    assert len(server.pool.attempts) == 3
+
+
+async def test_a_failure_that_comes_with_the_stop_starts_nothing(server: Server) -> None:
+    await server.want(2)
+    server.pool.attempts[0].set_exception(REFUSED)
+    server.connector.stop()
+    await server.pass_time(5)
+    assert len(server.pool.attempts) == 2
+    assert not server.loop.timers
+
+
+async def test_an_abandoned_connector_gives_its_tasks_away_as_they_are(server: Server) -> None:
+    await server.want(2)
+    tasks = server.connector.abandon()
+    assert len(tasks) == 2
+    assert not any(task.cancelling() for task in tasks)
+    server.connector.add()
+    await settle()
+    assert len(server.pool.attempts) == 2
