@@ -388,8 +388,8 @@ async def test_a_closed_pool_says_so(db: PoolManager) -> None:
         r'pool "orders" is closed\n'
         r"DETAIL:  Opened at .*tests/conftest\.py:\d+ in task \"[^\"]+\" on loop \d+"
         r" \(\w+, thread \"MainThread\"\)\."
-        r" It was acquired from at tests/integration/test_close\.py:\d+ in task \"[^\"]+\" on loop"
-        r" \d+ \(\w+, thread \"MainThread\"\)\.\n"
+        r" Used at tests/integration/test_close\.py:\d+ in task \"[^\"]+\" on loop"
+        r" \d+ \(\w+, thread \"MainThread\"\) to acquire a connection\.\n"
         r"HINT:  open\(\) opens it again\. See https://\S+#closed",
         str(caught.value),
     )
@@ -712,7 +712,7 @@ async def test_close_while_connections_are_made_anew(
     proxy.refuse = True
     proxy.cut()
     with pytest.raises(psycopg.OperationalError):
-        await manager.fetchval("select 1")
+        await manager.fetchval("select 1", timeout=0.3)
     assert await asyncio.to_thread(eventually, lambda: proxy.accepted > 3)
     await closed_within(AT_ONCE, manager, timeout=30)
 

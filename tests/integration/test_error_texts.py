@@ -34,6 +34,7 @@ from poolkeeper import (
     PoolkeeperError,
     PoolManager,
     ReleasedConnectionError,
+    SelfDeadlockError,
     TooManyWaitersError,
     UnclosedManagerWarning,
 )
@@ -58,6 +59,8 @@ def masked(text: str) -> str:
         (r"in process \d+", "in process PID"),
         (r"port \d+", "port PORT"),
         (r"\d+\.\d+ s\b", "N s"),
+        (r'task "[^"]+"', "TASK"),
+        (r"server process \d+", "server process N"),
         (r"\d+ attempts?", "N attempts"),
         (r"https://poolkeeper\.readthedocs\.io/errors", "DOCS"),
     ):
@@ -84,7 +87,7 @@ async def test_not_open(make_manager: MakeManager) -> None:
         caught.value,
         """
         pool "orders" is not open
-        DETAIL:  It was acquired from at SITE in TASK, before any open().
+        DETAIL:  Used at SITE in TASK to acquire a connection, before any open().
         HINT:  Open it first: "async with manager:" or "await manager.open()", in the start-up hook of the framework. Test clients that skip the lifespan skip that too. See DOCS#not-open
         """,  # noqa: E501
     )
@@ -100,7 +103,7 @@ async def test_closed(make_manager: MakeManager) -> None:
         caught.value,
         """
         pool "orders" is closed
-        DETAIL:  Opened at SITE in TASK. It was acquired from at SITE in TASK.
+        DETAIL:  Opened at SITE in TASK. Used at SITE in TASK to acquire a connection.
         HINT:  open() opens it again. See DOCS#closed
         """,
     )
@@ -138,7 +141,7 @@ async def test_closed_while_in_use(make_manager: MakeManager) -> None:
         caught.value,
         """
         pool "orders" was closed while this connection was in use
-        DETAIL:  Acquired in TASK at SITE. It was used at SITE in TASK. The pool was opened at SITE in TASK.
+        DETAIL:  Acquired in TASK at SITE. Used at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  Work that was not committed is rolled back. Give close() a longer timeout, or end the tasks that use the pool before it is closed. See DOCS#closed
         """,  # noqa: E501
     )
@@ -161,7 +164,7 @@ def test_another_loop(dsn: str) -> None:
         caught.value,
         """
         pool "orders" is bound to a different event loop
-        DETAIL:  Opened at SITE in TASK. It was acquired from at SITE in TASK.
+        DETAIL:  Opened at SITE in TASK. Used at SITE in TASK to acquire a connection.
         HINT:  Open one PoolManager per event loop, or hand the work to the owner loop with asyncio.run_coroutine_threadsafe(). See DOCS#loop-mismatch
         """,  # noqa: E501
     )
@@ -171,8 +174,8 @@ def test_another_loop(dsn: str) -> None:
     assert_text(
         caught.value,
         """
-        pool "orders" was acquired from outside of its event loop
-        DETAIL:  Opened at SITE in TASK. It was acquired from at SITE OUTSIDE.
+        pool "orders" was used outside of its event loop
+        DETAIL:  Opened at SITE in TASK. Used at SITE OUTSIDE to acquire a connection.
         HINT:  Await it from a coroutine on the loop that opened the pool. See DOCS#loop-mismatch
         """,
     )
@@ -183,7 +186,7 @@ def test_another_loop(dsn: str) -> None:
         caught.value,
         """
         pool "orders" is bound to an event loop that is closed
-        DETAIL:  Opened at SITE in TASK, closed. It was acquired from at SITE in TASK.
+        DETAIL:  Opened at SITE in TASK, closed. Used at SITE in TASK to acquire a connection.
         HINT:  Every asyncio.run() makes a new loop: open the pool in the one that uses it, with "async with manager:". Under pytest, give fixture and test the same loop scope. See DOCS#loop-mismatch
         """,  # noqa: E501
     )
@@ -235,8 +238,8 @@ def test_another_process(dsn: str) -> None:
     assert (ended.code, ended.err) == (0, "")
     assert masked(ended.out).splitlines() == [
         'pool "orders" was opened in another process',
-        "DETAIL:  Opened at SITE in TASK in process PID. It was acquired from at SITE in TASK in"
-        " process PID, forked from it.",
+        "DETAIL:  Opened at SITE in TASK in process PID. Used at SITE in TASK in process PID,"
+        " forked from it, to acquire a connection.",
         "HINT:  Open the pool in each process, after the fork: await manager.open(). The parent's"
         " connections stay the parent's. With gunicorn, open it in the application's lifespan, not"
         " at import under --preload. See DOCS#fork",
@@ -254,7 +257,7 @@ async def test_released(make_manager: MakeManager) -> None:
         caught.value,
         """
         connection of pool "orders" was used after it was given back
-        DETAIL:  Acquired in TASK at SITE. It was used at SITE in TASK. The pool was opened at SITE in TASK.
+        DETAIL:  Acquired in TASK at SITE. Used at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  The session may be another task's by now. Keep the work inside the "async with" block, acquire a connection of its own for work that outlives it, and give a connection back once. See DOCS#released
         """,  # noqa: E501
     )
@@ -263,8 +266,8 @@ async def test_released(make_manager: MakeManager) -> None:
     assert_text(
         caught.value,
         """
-        connection of pool "orders" was given back again after it was given back
-        DETAIL:  Acquired in TASK at SITE. It was given back again at SITE in TASK. The pool was opened at SITE in TASK.
+        connection of pool "orders" was given back twice
+        DETAIL:  Acquired in TASK at SITE. Given back again at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  The session may be another task's by now. Keep the work inside the "async with" block, acquire a connection of its own for work that outlives it, and give a connection back once. See DOCS#released
         """,  # noqa: E501
     )
@@ -275,13 +278,23 @@ async def test_exhausted(make_manager: MakeManager) -> None:
     await db.open()
     async with db.connection():
         with pytest.raises(AcquireTimeout) as caught:
-            await db.fetchval("select 1", timeout=0.05)
+            await asyncio.ensure_future(db.fetchval("select 1", timeout=0.05))
         assert_text(
             caught.value,
             """
             could not acquire a connection from pool "orders" within N s: all connections are in use
-            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. Longest checkout: N s in TASK at SITE.
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE, held N s, in queries N s, idle (server process N).
             HINT:  Keep a connection only while it works: not across HTTP calls or streams. See DOCS#acquire-timeout
+            """,  # noqa: E501
+        )
+        with pytest.raises(SelfDeadlockError) as deadlock:
+            await db.fetchval("select 1")
+        assert_text(
+            deadlock.value,
+            """
+            cannot acquire a connection from pool "orders": every task that holds a connection waits for another one
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=1. Held: TASK at SITE, held N s, in queries N s, idle (server process N).
+            HINT:  Pass the connection that a task holds down to what it calls, instead of acquiring a second one. No max_size is enough for tasks that acquire while they hold. See DOCS#self-deadlock
             """,  # noqa: E501
         )
         waiting = asyncio.ensure_future(db.fetchval("select 1"))
@@ -292,7 +305,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
     assert_text(
         refused.value,
         """
-        pool "orders" has 1 tasks waiting already
+        cannot wait for a connection from pool "orders": 1 task waits already
         DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=1. max_waiting=1.
         HINT:  Let the caller try again later. See DOCS#too-many-waiters
         """,

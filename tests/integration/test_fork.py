@@ -134,7 +134,7 @@ def assert_all_refused(out: str) -> None:
         assert f'{what} refused: pool "orders" was opened in another process\n' in out, what
     assert "NOT REFUSED" not in out
     assert "DETAIL:  Opened at <string>:" in out
-    assert " It was acquired from at <string>:" in out
+    assert " Used at <string>:" in out
     assert "HINT:  Open the pool in each process, after the fork: await manager.open()." in out
     assert "state closed\n" in out
 

@@ -134,7 +134,7 @@ class OtherThread(SameThread):
 class NoLoop(Place):
     """A coroutine driven by hand."""
 
-    refused = r'pool "orders" was .* outside of its event loop'
+    refused = r'pool "orders" was used outside of its event loop'
     hint = "Await it from a coroutine on the loop that opened the pool"
 
     def foreign(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -350,7 +350,7 @@ def assert_says(error: LoopMismatchError, place: Any, operation: Any) -> None:
     assert re.fullmatch(place.refused, first), first
     assert detail.startswith(f"DETAIL:  Opened at {open_line()} in task ")
     body, start = inspect.getsourcelines(operation)
-    used = re.search(rf"{re.escape(HERE)}:(\d+)", detail.partition(". It was ")[2])
+    used = re.search(rf"{re.escape(HERE)}:(\d+)", detail.partition(". Used ")[2])
     assert used, detail
     assert start < int(used[1]) < start + len(body), detail
     assert hint.startswith(f"HINT:  {place.hint}")

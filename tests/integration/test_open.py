@@ -611,7 +611,7 @@ async def test_an_opener_that_comes_while_a_failed_one_cleans_up_gets_a_pool_of_
 
     manager = make_manager(conninfo, min_size=2, name="next")
     failing = asyncio.create_task(manager.open())
-    while manager.pool._last_error is None:
+    while manager.snapshot().last_error is None:
         await asyncio.sleep(0)
     right = True
     for _ in range(3):  # the failed one is told in one turn and tidies up in the next ones
@@ -623,7 +623,7 @@ async def test_an_opener_that_comes_while_a_failed_one_cleans_up_gets_a_pool_of_
         await failing
     assert manager.state == "open"
     assert await value(manager) == 42
-    assert manager.pool._attempts_pending == 0
+    assert manager.snapshot().connecting == 0
     assert server_sessions("poolkeeper:next") == 2
 
 
@@ -808,7 +808,7 @@ async def test_a_reason_found_before_anybody_waited_is_raised_at_once(
 ) -> None:
     manager = make_manager(psycopg.conninfo.make_conninfo(dsn, dbname="no_such_db"))
     await manager.open(wait=False)
-    while manager.pool._last_error is None:
+    while manager.snapshot().last_error is None:
         await asyncio.sleep(0.01)
     begin = monotonic()
     with pytest.raises(OpenError, match="no_such_db"):

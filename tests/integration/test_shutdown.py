@@ -186,7 +186,7 @@ async def main(turn):
 def test_opening_where_nobody_listens(program: Program, how: str) -> None:
     program(
         f"""
-logging.getLogger("psycopg.pool").setLevel("CRITICAL")
+logging.getLogger("poolkeeper").setLevel("CRITICAL")
 async def main(turn):
     db = PoolManager(dsn)
     held.append(db)
@@ -319,6 +319,7 @@ def test_reconnecting_to_a_server_that_refuses(program: Program, dsn: str) -> No
     program(
         PROXY
         + """
+logging.getLogger("poolkeeper").setLevel("CRITICAL")
 async def main(turn):
     proxy.refuse = False
     db = PoolManager(dsn, min_size=2)
@@ -328,7 +329,7 @@ async def main(turn):
     proxy.cut()
     for _ in range(2):
         try:
-            await db.fetchval("select 1")
+            await db.fetchval("select 1", timeout=0.1)
         except Exception:
             pass
     waiting = asyncio.create_task(db.fetchval("select 1"))
