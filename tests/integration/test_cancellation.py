@@ -21,6 +21,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
+from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -509,17 +510,18 @@ def db_dsn(db: PoolManager[Any]) -> str:
 
 
 async def test_who_waits_already_is_served_after_our_tasks_were_cancelled(
-    make_manager: MakeManager,
+    make_manager: MakeManager, proxy: FaultProxy
 ) -> None:
     """Nobody else may come who would make the pool go on."""
-    db = make_manager(min_size=1, max_size=3, name="orders", timeout=30)
+    db = make_manager(proxy.dsn, min_size=1, max_size=3, name="orders", timeout=30)
     await db.open()
     async with db.connection():
+        proxy.silent = True
         waiter = asyncio.create_task(db.fetchval("select 1"))
-        await until(lambda: len(db.pool._line) == 1)
-        spared = {waiter, asyncio.current_task()}
-        for task in asyncio.all_tasks() - spared:
+        await until(lambda: db.snapshot().connecting == 1)
+        for task in asyncio.all_tasks() - {waiter, asyncio.current_task()}:
             task.cancel()
+        proxy.silent = False
         async with asyncio.timeout(10):
             assert await waiter == 1
 

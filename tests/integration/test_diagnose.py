@@ -8,11 +8,12 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from poolkeeper import AcquireTimeout, PoolManager
+from poolkeeper import AcquireTimeout, PoolManager, _diagnosis
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin
@@ -288,6 +289,13 @@ async def test_nothing_is_wrong(make_manager: MakeManager) -> None:
     assert str(db.diagnose()) == (
         'pool "orders" (open): nothing is wrong\nDETAIL:  total=2 in_use=0 idle=2 max=2 waiting=0.'
     )
+
+
+def test_each_cause_has_its_place_in_the_docs() -> None:
+    names = set(re.findall(r'Finding\(\s*"([\w-]+)"', Path(_diagnosis.__file__).read_text()))
+    page = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text()
+    assert len(names) > 8
+    assert set(re.findall(r'<a id="([\w-]+)"></a>', page)) == names
 
 
 # --- what is measured ---------------------------------------------------------------------------
