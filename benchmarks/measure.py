@@ -343,9 +343,11 @@ async def outage(away: float) -> dict[str, float | None]:
                 for name, seconds in late.items():
                     if seconds is None and served[name]:
                         late[name] = max(0.0, served[name] - accepted[0])
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
+            pending = set(clients)
+            while pending:  # psycopg_pool swallows a cancellation that comes with a connection
+                for client in pending:
+                    client.cancel()
+                _, pending = await asyncio.wait(pending, timeout=0.2)
             return late
     finally:
         await asyncio.to_thread(server.close)
