@@ -156,7 +156,8 @@ async def cancel(task: asyncio.Task[Any], times: int) -> None:
     for _ in range(times):
         task.cancel()
         await asyncio.sleep(0)
-    with suppress(asyncio.CancelledError):
+    # psycopg 3.3.0 miscounts its blocks when one is cancelled while it begins, and says so.
+    with suppress(asyncio.CancelledError, psycopg.ProgrammingError):
         await task
 
 
