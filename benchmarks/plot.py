@@ -12,7 +12,7 @@ COLOURS = {
     "SQLAlchemy": "#b8860b",
 }
 WIDTH, HEIGHT = 360, 260  # of what is between the axes
-LEFT, TOP, GAP, BOTTOM = 64, 48, 128, 56
+LEFT, TOP, GAP, BOTTOM = 64, 48, 152, 56
 
 # What a renderer that knows no style sheets shows is the light one, from the attributes.
 STYLE = (
