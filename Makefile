@@ -9,6 +9,8 @@ export PYTHON
 
 RUN := .venv/bin/python
 PYTEST := -m pytest -p tests.support.no_skips --no-skips
+# Most tests wait for a server or a timeout: more of them at once than there are cores.
+TOGETHER := -n 3 --dist loadfile
 
 # Per cent: of lines and branches together, as coverage counts, and of branches alone.
 COVERAGE := 95
@@ -29,7 +31,7 @@ demo:  ## run the demo: an app that works, and the mistakes, beside the bare poo
 test:  ## run the whole suite on a real PostgreSQL, with coverage (95 % or it fails)
 	@scripts/venv test
 	@$(RUN) -m coverage erase
-	$(RUN) -m coverage run $(PYTEST) $(ARGS)
+	$(RUN) -m coverage run $(PYTEST) $(TOGETHER) $(ARGS)
 	@$(RUN) -m coverage combine --quiet
 	@$(RUN) -m coverage report --skip-covered --precision=2 --fail-under=$(COVERAGE)
 	@$(RUN) -m coverage json --quiet -o - | $(RUN) -c '$(BRANCHES)' $(COVERAGE)
