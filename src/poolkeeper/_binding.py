@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import weakref
-from asyncio import _get_running_loop, proactor_events
+from asyncio import _get_running_loop
 from collections.abc import Callable
 
 from ._where import Place, running_loop
@@ -57,7 +58,9 @@ class LoopBinding:
                 hint="Call it from a coroutine, under asyncio.run(). Trio and curio are not"
                 f" supported by psycopg. {see('loop-mismatch')}",
             )
-        if isinstance(loop, proactor_events.BaseProactorEventLoop):
+        # Where its module was not loaded there is no such loop; loading it takes time.
+        proactor = sys.modules.get("asyncio.proactor_events")
+        if proactor is not None and isinstance(loop, proactor.BaseProactorEventLoop):
             raise LoopMismatchError(
                 f'pool "{name}" cannot be opened on a ProactorEventLoop',
                 detail=f"psycopg cannot wait for sockets on it. open() was called {self.opened}.",

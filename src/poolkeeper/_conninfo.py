@@ -5,7 +5,6 @@ Connection strings: accept what ``DATABASE_URL`` often holds, and keep passwords
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import Any
 
 import psycopg
@@ -95,6 +94,8 @@ def _safe_words(libpq_message: str, conninfo: str) -> str:
 def _is_a_name(text: str, conninfo: str) -> bool:
     """Tell whether *text* is surely the name of an option, not a piece of a split password."""
     known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    from difflib import get_close_matches  # only where something is wrong: importing it takes time
+
     if get_close_matches(text, known, 1, 0.8):
         return True  # misspelt
     if "://" in conninfo:

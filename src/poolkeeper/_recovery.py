@@ -23,8 +23,8 @@ from .errors import PoolkeeperError
 
 logger = logging.getLogger("poolkeeper")
 
-_PERMANENT = re.compile(
-    r"""
+# Compiled when an attempt has failed, by re, which keeps them: importing costs less so.
+_PERMANENT = r"""
     (?:password|SASL)\ authentication\ failed    # SASL: pgbouncer
     | authentication\ failed\ for\ user            # ident, peer, ldap, gss ...
     | role\ ".*"\ does\ not\ exist
@@ -44,15 +44,12 @@ _PERMANENT = re.compile(
     | certificate\ verify\ failed
     | requires\ a\ valid\ client\ certificate
     | does\ not\ match\ host\ name                 # server certificate
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
+    """
 
 # getaddrinfo: the name does not exist, as against EAI_AGAIN ("temporary failure").
-_UNKNOWN_HOST = re.compile(
+_UNKNOWN_HOST = (
     r"name or service not known|nodename nor servname provided|no address associated"
-    r"|getaddrinfo failed|name does not resolve",
-    re.IGNORECASE,
+    r"|getaddrinfo failed|name does not resolve"
 )
 
 
@@ -68,7 +65,10 @@ def is_permanent(error: BaseException) -> bool:
         text = str(error)
         if getattr(error.pgconn, "needs_password", False):
             return True
-        return bool(_PERMANENT.search(text) or _UNKNOWN_HOST.search(text))
+        return bool(
+            re.search(_PERMANENT, text, re.VERBOSE | re.IGNORECASE)
+            or re.search(_UNKNOWN_HOST, text, re.IGNORECASE)
+        )
     # Bad conninfo (ProgrammingError), an unusable loop (InterfaceError), a fault in the
     # configure callback: the program is at fault, and stays so. OSError may pass.
     return not isinstance(error, OSError)
@@ -82,44 +82,41 @@ def reason(error: BaseException) -> str:
     return after.strip() if fatal else text
 
 
-_ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), advice)
-    for pattern, advice in (
-        (
-            "password|authentication failed|is not permitted to log in",
-            "Check user and password in conninfo, PGPASSWORD and ~/.pgpass.",
-        ),
-        (r'role ".*" does not exist|no such user', "Check the user in conninfo, or create it."),
-        (
-            r'database ".*" does not exist|no such database|permission denied for database'
-            "|is not currently accepting connections",
-            "Check the database in conninfo, and that the user may connect to it.",
-        ),
-        ("pg_hba", "Let the server's pg_hba.conf accept this user, database and address."),
-        (
-            "failed to resolve|translate host name|name or service|name resolution",
-            "Check the host in conninfo, and that this machine can resolve it.",
-        ),
-        ("SSL|certificate", "Check sslmode and the certificates on both sides."),
-        (
-            "too many (clients|connections)|connection slots|no more connections",
-            "The server has no connection left for us: lower max_size times the number of"
-            " processes, or raise its max_connections.",
-        ),
-        (
-            "starting up|shutting down|recovery|not (yet )?accepting",
-            "The server is not ready; give open() more time.",
-        ),
-        (
-            "refused|no such file|connection reset|server closed",
-            "Check that the server runs and listens at this host and port.",
-        ),
-        ("timeout expired|timed out", "Check host and port, and what stands between."),
-        (
-            "invalid connection option|configure callback|^(conninfo|kwargs) ",
-            "Correct the program: it cannot pass.",
-        ),
-    )
+_ADVICE: tuple[tuple[str, str], ...] = (
+    (
+        "password|authentication failed|is not permitted to log in",
+        "Check user and password in conninfo, PGPASSWORD and ~/.pgpass.",
+    ),
+    (r'role ".*" does not exist|no such user', "Check the user in conninfo, or create it."),
+    (
+        r'database ".*" does not exist|no such database|permission denied for database'
+        "|is not currently accepting connections",
+        "Check the database in conninfo, and that the user may connect to it.",
+    ),
+    ("pg_hba", "Let the server's pg_hba.conf accept this user, database and address."),
+    (
+        "failed to resolve|translate host name|name or service|name resolution",
+        "Check the host in conninfo, and that this machine can resolve it.",
+    ),
+    ("SSL|certificate", "Check sslmode and the certificates on both sides."),
+    (
+        "too many (clients|connections)|connection slots|no more connections",
+        "The server has no connection left for us: lower max_size times the number of"
+        " processes, or raise its max_connections.",
+    ),
+    (
+        "starting up|shutting down|recovery|not (yet )?accepting",
+        "The server is not ready; give open() more time.",
+    ),
+    (
+        "refused|no such file|connection reset|server closed",
+        "Check that the server runs and listens at this host and port.",
+    ),
+    ("timeout expired|timed out", "Check host and port, and what stands between."),
+    (
+        "invalid connection option|configure callback|^(conninfo|kwargs) ",
+        "Correct the program: it cannot pass.",
+    ),
 )
 
 
@@ -127,7 +124,7 @@ def advice(error: BaseException) -> str:
     """Return what to do about a failed connection attempt."""
     text = str(error)
     for pattern, words in _ADVICE:
-        if pattern.search(text):
+        if re.search(pattern, text, re.IGNORECASE):
             return words
     return "The cause above is the server's or the driver's own."
 
