@@ -165,7 +165,7 @@ class BoundConnection(AsyncConnection[Any]):
                 # Taken away meanwhile, and the loop watches its socket no more. What is under
                 # way shall see that it is closed, and end with the error that it has.
                 pgconn.finish()
-            checkout.changed_at = now = monotonic()
+            checkout.changed_at = self._session.heard_at = now = monotonic()
             checkout.busy_seconds += now - began
             checkout.busy_since = 0.0
             checkout.used = True
@@ -403,6 +403,7 @@ class Session:
 
     Attributes:
         checkout: Who holds it; None while nobody does.
+        heard_at: When an exchange with the server ended last, or its socket was found quiet.
     """
 
     __slots__ = (
@@ -416,14 +417,14 @@ class Session:
         "_poll",
         "_prepare",
         "checkout",
+        "heard_at",
         "in_pool",
         "pgconn",
-        "released_at",
     )
 
     def __init__(self, conn: BoundConnection) -> None:
         self.pgconn = conn.pgconn
-        self.released_at = 0.0
+        self.heard_at = 0.0
         self.checkout: Checkout | None = None
         self.in_pool = False
         self._handle = weakref.ref(conn)

@@ -79,7 +79,7 @@ NO_PIPELINE = pq.PipelineStatus.OFF
 
 
 FRESH = 0.001
-"""Seconds for which a connection that was in use is not looked at again before it is reused."""
+"""Seconds for which a connection that was heard of, or looked at, is not looked at again."""
 
 PROBE_TIMEOUT = 2.0
 """Seconds that the server has to answer on a connection that is suspected to be dead."""
@@ -168,8 +168,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._leak_timer: asyncio.TimerHandle | None = None
         self._slow_callbacks: SlowCallbacks | None = None
         # psycopg_pool's counters, as far as they are counted on the way: see _pour_counters().
-        self._requests = 0
-        self._usage_seconds = 0.0
+        self._requests = self._requests_queued = 0
+        self._wait_seconds = self._usage_seconds = 0.0
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -315,12 +315,14 @@ class BoundPool(AsyncConnectionPool[ACT]):
         """Add what was counted on the way to psycopg_pool's counters."""
         for key, number in (
             (self._REQUESTS_NUM, self._requests),
+            (self._REQUESTS_QUEUED, self._requests_queued),
+            (self._REQUESTS_WAIT_MS, int(self._wait_seconds * 1000)),
             (self._USAGE_MS, int(self._usage_seconds * 1000)),
         ):
             if number:
                 _compat.count(self, key, number)
-        self._requests = 0
-        self._usage_seconds = 0.0
+        self._requests = self._requests_queued = 0
+        self._wait_seconds = self._usage_seconds = 0.0
 
     # --- opening --------------------------------------------------------------------------
 
@@ -639,8 +641,10 @@ class BoundPool(AsyncConnectionPool[ACT]):
         conn: Any = idle[0]
         session: Session = conn._session
         now = monotonic()
-        if now - session.released_at > FRESH and not session.is_quiet():
-            return None
+        if now - session.heard_at > FRESH:
+            if not session.is_quiet():
+                return None
+            session.heard_at = now
         idle.popleft()
         _compat.note_idle_low(self, len(idle))
         return self._check_out(conn, session, frame, lineno, structured, now)
@@ -684,9 +688,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
             else:
                 conn = await self._wait_in_line(timeout, deadline, code, lineno)
             session: Session = conn._session
-            if session.is_quiet() or await self._answers(conn):
+            now = monotonic()
+            fresh = now - session.heard_at <= FRESH
+            if fresh or session.is_quiet() or await self._answers(conn):
+                session.heard_at = now
                 if self._user_check is None or await self._passes(self._user_check, conn):
-                    now = monotonic()
                     return self._check_out(conn, session, frame, lineno, structured, now)
                 if monotonic() >= deadline:
                     raise self._acquire_timeout(timeout)
@@ -717,7 +723,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             _compat.count(self, self._REQUESTS_ERRORS)
             raise self._self_deadlock(waiter)
         line.append(waiter)
-        _compat.count(self, self._REQUESTS_QUEUED)
+        self._requests_queued += 1
         if _compat.total(self) < self.max_size or self._connector.wanted:
             self._help_growth()
         self._clock.watch(waiter)
@@ -731,9 +737,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             _compat.count(self, self._REQUESTS_ERRORS)
             raise
         finally:
-            waited = int((monotonic() - waiter.since) * 1000)
-            if waited:
-                _compat.count(self, self._REQUESTS_WAIT_MS, waited)
+            self._wait_seconds += monotonic() - waiter.since
         if self._state is not _OPEN and self._state is not _OPENING:
             conn.pgconn.finish()
             raise self._closed_error()
@@ -994,7 +998,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
     def _end_checkout(self, session: Session, checkout: Checkout) -> float:
         """Strike a checkout out, and return the time."""
         session.checkout = checkout.session = None
-        now = session.released_at = monotonic()
+        now = monotonic()
         self._ledger.ends(checkout, now)
         if checkout.structured:
             self._usage_seconds += now - checkout.since

@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 import time
+from asyncio import proactor_events
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -441,7 +442,7 @@ def test_opening_outside_of_any_loop_is_refused_and_touches_nothing(
         place.shut()
 
 
-class FakeProactorLoop(asyncio.SelectorEventLoop, asyncio.proactor_events.BaseProactorEventLoop):  # type: ignore[name-defined,misc]
+class FakeProactorLoop(asyncio.SelectorEventLoop, proactor_events.BaseProactorEventLoop):  # type: ignore[name-defined,misc]
     """Has the type of Windows' default loop, and works here."""
 
     run_forever = asyncio.BaseEventLoop.run_forever
