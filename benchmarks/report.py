@@ -298,7 +298,7 @@ The plot shows {results[0]["loop"]}.
 {scale["waiters"]:,} tasks ask at once for 10 connections and hold one for 1 ms.
 Where everybody is served in turn, the longest wait is at most about twice the median.
 "Out of turn" counts tasks served right after one that had asked later.
-Bytes are those of a task that waits; in parentheses without the task itself.
+Bytes are those of a task that waits, measured on a fifth as many; in parentheses without the task itself.
 
 {_sections(results, _waiters)}
 
