@@ -746,3 +746,15 @@ async def test_a_connection_that_cannot_be_cleaned_is_replaced(make_manager: Mak
     async with borrower(db, pids) as conn:
         assert await (await conn.execute("show statement_timeout")).fetchone() == ("41s",)
     assert len(pids) == 2
+
+
+async def test_discard_on_a_pool_in_autocommit(make_manager: MakeManager) -> None:
+    """DISCARD ALL needs no change of autocommit there, and leaves it on."""
+    db = make_manager(min_size=1, max_size=1, kwargs={"autocommit": True}, reset="discard")
+    await db.open()
+    async with db.connection() as conn:
+        await conn.execute("set statement_timeout = '7s'")
+    async with db.connection() as conn:
+        assert conn.autocommit
+        cursor = await conn.execute("show statement_timeout")
+        assert await cursor.fetchone() == ("0",)
