@@ -543,6 +543,14 @@ def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
                 yield from generators.copy_end(pgconn, b"not ended by the client")
 
 
+def remains(conn: BoundConnection) -> BoundConnection:
+    """Return an object that stands for the session of *conn* once that is retired, to end it."""
+    cls = type(conn)
+    last = cls.__new__(cls)
+    vars(last).update(vars(conn), _checkout=None, _pool=None)
+    return last
+
+
 def _poll_for(fileno: int) -> Callable[[], object]:
     """Return a function that says, at once, whether *fileno* can be read."""
     if hasattr(select, "poll"):

@@ -44,6 +44,7 @@ from ._connection import (
     RevokedConnection,
     Session,
     bound_class,
+    remains,
     retire,
     revoke,
     run_own,
@@ -1028,9 +1029,13 @@ class BoundPool(AsyncConnectionPool[ACT]):
         assert session.checkout is not None
         self._end_checkout(session, session.checkout)
         _compat.set_owner(conn, None)
+        last = remains(conn)
         retire(conn)
-        # Not closed: see _end_session().
-        shut_down(session.pgconn)
+        if session.pgconn.transaction_status == ACTIVE:
+            self._start_own_task(partial(_end_query, last))
+        else:
+            # Not closed: see _end_session().
+            shut_down(session.pgconn)
         _compat.count(self, self._RETURNS_BAD)
         if not self.closed:
             _compat.replace_lost(self)
@@ -1513,6 +1518,15 @@ class _Autocommit(AbstractAsyncContextManager[None]):
     async def __aexit__(self, *exc_info: object) -> None:
         if not self._was and not self._conn.closed:
             await self._conn.set_autocommit(False)
+
+
+async def _end_query(conn: BoundConnection) -> None:
+    """Let the server stop what runs on a connection, which goes on there otherwise; end it."""
+    try:
+        with suppress(Exception):
+            await conn.cancel_safe(timeout=CANCEL_GRACE)
+    finally:
+        shut_down(conn.pgconn)
 
 
 async def _request_cancel(session: Session) -> None:
