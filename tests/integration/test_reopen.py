@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -261,7 +263,14 @@ def test_a_life_that_ended_in_the_middle_of_something_is_abandoned_in_silence(
         dsn,
         loop=loop_name,
     )
-    assert (ended.code, ended.out, ended.err) == (0, "ended\n", "")
+    said = ended.err
+    if "wait_for(" in inspect.getsource(psycopg.waiting):
+        # psycopg 3.3.0: on Python 3.11 each wait of the program's own tasks makes one more task,
+        # which nobody else knows of.
+        said = re.sub(
+            r"Task was destroyed[^\n]*\ntask: <Task [^\n]*=<Event\.wait\(\)[^\n]*\n", "", said
+        )
+    assert (ended.code, ended.out, said) == (0, "ended\n", "")
 
 
 async def test_the_pool_handed_out_before_it_was_open_is_always_the_same(
