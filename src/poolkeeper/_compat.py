@@ -56,23 +56,6 @@ def begin_life(pool: AnyPool, line: Line, settings: dict[str, Any]) -> deque[Any
     return pool._pool
 
 
-def end_life(pool: AnyPool) -> tuple[list[AnyConnection], list[asyncio.Task[None]]]:
-    """
-    Mark *pool* closed, and return its idle connections and its tasks, which it then forgets.
-
-    Synchronous, unlike ``close()``: a cancellation cannot come half-way.
-    """
-    pool._closed = True
-    connections = list(pool._pool)
-    pool._pool.clear()
-    tasks = [*pool._workers]
-    if pool._sched_runner:
-        tasks.append(pool._sched_runner)
-    pool._workers = []
-    pool._sched_runner = None
-    return connections, tasks
-
-
 def refuse_clients(pool: AnyPool) -> list[AnyConnection]:
     """
     Mark *pool* closed and return its idle connections; its tasks go on.
@@ -83,6 +66,21 @@ def refuse_clients(pool: AnyPool) -> list[AnyConnection]:
     connections = list(pool._pool)
     pool._pool.clear()
     return connections
+
+
+def end_life(pool: AnyPool) -> tuple[list[AnyConnection], list[asyncio.Task[None]]]:
+    """
+    Mark *pool* closed, and return its idle connections and its tasks, which it then forgets.
+
+    Synchronous, unlike ``close()``: a cancellation cannot come half-way.
+    """
+    connections = refuse_clients(pool)
+    tasks = [*pool._workers]
+    if pool._sched_runner:
+        tasks.append(pool._sched_runner)
+    pool._workers = []
+    pool._sched_runner = None
+    return connections, tasks
 
 
 def forget_task(task: asyncio.Task[None]) -> None:
