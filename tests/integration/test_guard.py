@@ -10,15 +10,17 @@ import re
 import threading
 import time
 from asyncio import proactor_events
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import BoundPool, LoopMismatchError, PoolManager, ReleasedConnectionError
+from tests.support.server import eventually, is_at_work
 
 SECRET = "hunter2-pw"
 HERE = "tests/integration/test_guard.py"
@@ -46,10 +48,7 @@ class Held:
         return self.db.pool
 
 
-async def take_hold(dsn: str) -> Held:
-    db = PoolManager(
-        make_conninfo(dsn, password=SECRET), min_size=2, max_size=2, name="orders", timeout=5
-    )
+async def take_hold(db: PoolManager[Any]) -> Held:
     await open_it(db)
     conn = await db.pool.getconn()
     server_cursor = conn.cursor("far")
@@ -85,11 +84,59 @@ async def still_works(held: Held) -> None:
 
 
 class Place:
-    """An owner loop, and a place that is not it."""
+    """
+    An owner loop, and a place that is not it.
+
+    When the test is over, all that the owner still has is ended, and after one that passed there
+    is nothing to end. Left to the collector, it would fail a later test, for its loop is closed.
+    """
 
     def __init__(self, loop_name: str) -> None:
         self.loop_name = loop_name
         self.owner = new_loop(loop_name)
+        self.db: PoolManager[Any] | None = None
+        self.held: Held | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        left: list[str] = []
+        try:
+            if not self.owner.is_closed():
+                left = self.own(self._end())
+            elif self.db is not None and self.db.pool._state == "open":
+                # It is told that its loop is closed, and ends what is its own nevertheless.
+                with pytest.raises(LoopMismatchError):
+                    self.foreign(self.db.close())
+        finally:
+            self.shut()
+        if self.held is not None:
+            # psycopg warns of one that nobody closed, and nobody can any more.
+            self.held.server_cursor._closed = True
+        if exc_type is None:
+            assert not left
+
+    async def _end(self) -> list[str]:
+        """End everything, and return what had not ended by itself."""
+        left = []
+        if self.db is not None and self.db.state != "closed":
+            left.append(repr(self.db))
+            await self.db.close(timeout=0)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        left += map(repr, tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return left
+
+    def hold(self, dsn: str) -> Held:
+        """Let the owner open a pool, and take a connection of it."""
+        self.db = PoolManager(
+            make_conninfo(dsn, password=SECRET), min_size=2, max_size=2, name="orders", timeout=5
+        )
+        self.held = held = self.own(take_hold(self.db))
+        return held
 
     def own(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self.owner.run_until_complete(coroutine)
@@ -372,9 +419,8 @@ def test_an_operation_from_elsewhere_is_refused_and_the_owner_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    place = kind(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
+    with kind(loop_name) as place:
+        held = place.hold(dsn)
         place.leave()
         begin = time.monotonic()
         with pytest.raises(LoopMismatchError) as caught:
@@ -386,15 +432,12 @@ def test_an_operation_from_elsewhere_is_refused_and_the_owner_goes_on(
             asyncio.run(works_on_a_new_loop(held))
         else:
             place.own(still_works(held))
-    finally:
-        place.shut()
     for text in (str(caught.value), repr(caught.value), repr(held.db), repr(held.pool)):
         assert SECRET not in text
     assert SECRET not in caplog.text
 
 
 async def works_on_a_new_loop(held: Held) -> None:
-    held.server_cursor._closed = True  # psycopg warns of one that nobody can close any more
     async with held.db:
         assert await held.db.fetchval("select 1") == 1
 
@@ -407,15 +450,12 @@ def test_opening_a_pool_that_is_open_elsewhere_is_refused(
     async def opening(held: Held) -> None:
         await (held.pool.open(wait=True) if through_pool else held.db.open())
 
-    place = kind(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
+    with kind(loop_name) as place:
+        held = place.hold(dsn)
         with pytest.raises(LoopMismatchError) as caught:
             place.foreign(opening(held))
         assert_says(caught.value, place, opening)
         place.own(still_works(held))
-    finally:
-        place.shut()
 
 
 @pytest.mark.parametrize("through_pool", [False, True], ids=["manager", "pool"])
@@ -425,9 +465,8 @@ def test_opening_outside_of_any_loop_is_refused_and_touches_nothing(
     async def opening(held: Held) -> None:
         await (held.pool.open(wait=True) if through_pool else held.db.open())
 
-    place = NoLoop(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
+    with NoLoop(loop_name) as place:
+        held = place.hold(dsn)
         with pytest.raises(LoopMismatchError, match=r"bound to a different|outside of"):
             place.foreign(opening(held))
         place.own(still_works(held))
@@ -438,8 +477,6 @@ def test_opening_outside_of_any_loop_is_refused_and_touches_nothing(
             place.foreign(opening(held))
         assert held.db.state == "closed"
         asyncio.run(works_on_a_new_loop(held))
-    finally:
-        place.shut()
 
 
 class FakeProactorLoop(asyncio.SelectorEventLoop, proactor_events.BaseProactorEventLoop):  # type: ignore[name-defined,misc]
@@ -479,13 +516,20 @@ def test_a_proactor_loop_is_refused_on_open(through_pool: bool, dsn: str) -> Non
 # --- the owner at work, in another thread -----------------------------------------------------
 
 
-async def start_query(held: Held) -> asyncio.Task[Any]:
-    await held.server_cursor.close()
-    await held.conn.commit()
-    task = asyncio.ensure_future(held.conn.execute("select pg_sleep(0.8), 42"))
-    while held.conn.info.transaction_status.name != "ACTIVE":
-        await asyncio.sleep(0.001)
-    return task
+@contextlib.contextmanager
+def a_query(place: Place, held: Held, dsn: str) -> Iterator[asyncio.Task[Any]]:
+    """Let the owner run a query, which the server is at until the block is left."""
+
+    async def start() -> asyncio.Task[Any]:
+        await held.server_cursor.close()
+        await held.conn.commit()
+        return asyncio.ensure_future(held.conn.execute("select pg_advisory_xact_lock(4712), 42"))
+
+    with psycopg.connect(dsn, autocommit=True) as other:
+        other.execute("select pg_advisory_lock(4712)")
+        query = place.own(start())
+        assert eventually(lambda: is_at_work(dsn, held.pid))
+        yield query
 
 
 @pytest.mark.parametrize(
@@ -495,13 +539,12 @@ def test_a_connection_at_work_on_its_own_loop_is_not_disturbed_from_another_thre
     operation: Operation, dsn: str, loop_name: str
 ) -> None:
     """The stranger must not wait for the lock either: it could not be woken, nor the owner then."""
-    place = OtherThread(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
-        query = place.own(start_query(held))
-        with pytest.raises(LoopMismatchError) as caught:
-            place.foreign(asyncio.wait_for(operation(held), 10))
-        assert not query.done()  # refused at once, not when the lock was free
+    with OtherThread(loop_name) as place:
+        held = place.hold(dsn)
+        with a_query(place, held, dsn) as query:
+            with pytest.raises(LoopMismatchError) as caught:
+                place.foreign(asyncio.wait_for(operation(held), 10))
+            assert not query.done()  # refused at once, not when the lock was free
         assert_says(caught.value, place, operation)
 
         async def finish() -> None:
@@ -514,14 +557,11 @@ def test_a_connection_at_work_on_its_own_loop_is_not_disturbed_from_another_thre
             await held.db.close()
 
         place.own(finish())
-    finally:
-        place.shut()
 
 
 def test_a_task_waiting_in_line_is_not_disturbed_by_a_stranger(dsn: str, loop_name: str) -> None:
-    place = OtherThread(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
+    with OtherThread(loop_name) as place:
+        held = place.hold(dsn)
 
         async def hold_all() -> tuple[Any, asyncio.Task[Any]]:
             second = await held.pool.getconn()
@@ -541,8 +581,6 @@ def test_a_task_waiting_in_line_is_not_disturbed_by_a_stranger(dsn: str, loop_na
             await still_works(held)
 
         place.own(release())
-    finally:
-        place.shut()
 
 
 # --- what else belongs to a guard -------------------------------------------------------------
@@ -556,29 +594,25 @@ async def test_the_pool_of_a_manager_is_a_real_psycopg_pool(db: PoolManager[Any]
 
 def test_cancel_may_be_called_from_any_thread(dsn: str, loop_name: str) -> None:
     """Documented by psycopg as thread-safe; it opens a connection of its own."""
-    place = OtherThread(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
-        query = place.own(start_query(held))
-        held.conn.cancel()
+    with OtherThread(loop_name) as place:
+        held = place.hold(dsn)
+        with a_query(place, held, dsn) as query:
+            held.conn.cancel()
 
-        async def cancelled() -> None:
-            with pytest.raises(Exception, match="canceling statement due to user request"):
-                await query
-            await held.conn.rollback()
-            await held.pool.putconn(held.conn)
-            await held.db.close()
+            async def cancelled() -> None:
+                with pytest.raises(psycopg.errors.QueryCanceled, match="due to user request"):
+                    await query
+                await held.conn.rollback()
+                await held.pool.putconn(held.conn)
+                await held.db.close()
 
-        place.own(cancelled())
-    finally:
-        place.shut()
+            place.own(cancelled())
 
 
 def test_a_handle_that_was_given_back_is_refused_elsewhere_too(dsn: str, loop_name: str) -> None:
     """Which of the two mistakes is named matters less than that it is refused."""
-    place = SameThread(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
+    with SameThread(loop_name) as place:
+        held = place.hold(dsn)
 
         async def give_back() -> None:
             await held.server_cursor.close()
@@ -595,18 +629,13 @@ def test_a_handle_that_was_given_back_is_refused_elsewhere_too(dsn: str, loop_na
             await held.db.close()
 
         place.own(close())
-    finally:
-        place.shut()
 
 
 def test_reading_numbers_needs_no_loop(dsn: str, loop_name: str) -> None:
-    place = SameThread(loop_name)
-    try:
-        held = place.own(take_hold(dsn))
+    with SameThread(loop_name) as place:
+        held = place.hold(dsn)
         assert held.pool.get_stats()["pool_size"] == 2
         assert held.pool.pop_stats()["pool_size"] == 2
         assert (held.db.state, held.db.name) == ("open", "orders")
         assert "in_use=1" in repr(held.db)
         place.own(still_works(held))
-    finally:
-        place.shut()

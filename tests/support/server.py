@@ -40,6 +40,17 @@ def kill_sessions(dsn: str, application_name: str) -> int:
     return len(rows)
 
 
+def is_at_work(dsn: str, pid: int) -> bool:
+    """
+    Tell whether the server process *pid* stands in the middle of a query: asleep, or at a lock.
+
+    For a client the query runs as soon as it is sent; but the server forgets a request to cancel
+    that reaches it before the query does.
+    """
+    query = "select wait_event_type from pg_stat_activity where state = 'active' and pid = %s"
+    return admin(dsn, query, (pid,)) in ([("Lock",)], [("Timeout",)])
+
+
 def eventually(holds: Callable[[], bool], within: float = 10.0) -> bool:
     """Wait until *holds* does; for what a server does in its own time."""
     until = time.monotonic() + within
