@@ -20,7 +20,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import BoundPool, LoopMismatchError, PoolManager, ReleasedConnectionError
-from tests.support.server import eventually, is_at_work
+from tests.support.server import endless, eventually, is_at_work
 
 SECRET = "hunter2-pw"
 HERE = "tests/integration/test_guard.py"
@@ -520,14 +520,13 @@ def test_a_proactor_loop_is_refused_on_open(through_pool: bool, dsn: str) -> Non
 def a_query(place: Place, held: Held, dsn: str) -> Iterator[asyncio.Task[Any]]:
     """Let the owner run a query, which the server is at until the block is left."""
 
-    async def start() -> asyncio.Task[Any]:
+    async def start(lasting: str) -> asyncio.Task[Any]:
         await held.server_cursor.close()
         await held.conn.commit()
-        return asyncio.ensure_future(held.conn.execute("select pg_advisory_xact_lock(4712), 42"))
+        return asyncio.ensure_future(held.conn.execute(f"select {lasting}, 42"))
 
-    with psycopg.connect(dsn, autocommit=True) as other:
-        other.execute("select pg_advisory_lock(4712)")
-        query = place.own(start())
+    with endless(dsn) as lasting:
+        query = place.own(start(lasting))
         assert eventually(lambda: is_at_work(dsn, held.pid))
         yield query
 

@@ -16,7 +16,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager, ReleasedConnectionError
-from tests.support.server import admin
+from tests.support.server import admin, endless, eventually, is_at_work
 
 MakeManager = Callable[..., PoolManager[Any]]
 HERE = "tests/integration/test_released.py"
@@ -403,16 +403,17 @@ async def test_a_released_handle_is_closed_and_has_a_repr(one: PoolManager[Any])
     assert re.fullmatch(r"<poolkeeper\.ReleasedAsyncConnection at 0x[0-9a-f]+>", repr(conn))
 
 
-async def test_cancel_on_a_released_handle_does_nothing(one: PoolManager[Any]) -> None:
+async def test_cancel_on_a_released_handle_does_nothing(one: PoolManager[Any], dsn: str) -> None:
     """As psycopg's does on a closed connection: it may be called late, as a callback."""
     async with one.connection() as stale:
         pass
     async with one.connection() as other:
-        query = asyncio.ensure_future(other.execute("select pg_sleep(0.3), 5"))
-        while other.info.transaction_status.name != "ACTIVE":
-            await asyncio.sleep(0.001)
-        stale.cancel()
-        await stale.cancel_safe()
+        pid = other.info.backend_pid
+        with endless(dsn) as lasting:
+            query = asyncio.ensure_future(other.execute(f"select {lasting}, 5"))
+            assert await asyncio.to_thread(eventually, lambda: is_at_work(dsn, pid))
+            stale.cancel()
+            await stale.cancel_safe()
         assert await (await query).fetchone() == ("", 5)
 
 

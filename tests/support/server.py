@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -49,6 +51,15 @@ def is_at_work(dsn: str, pid: int) -> bool:
     """
     query = "select wait_event_type from pg_stat_activity where state = 'active' and pid = %s"
     return admin(dsn, query, (pid,)) in ([("Lock",)], [("Timeout",)])
+
+
+@contextmanager
+def endless(dsn: str) -> Iterator[str]:
+    """Give an expression for a query that does not end before the block is left."""
+    key = random.getrandbits(31)
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("select pg_advisory_lock(%s)", (key,))
+        yield f"pg_advisory_xact_lock({key})"
 
 
 def eventually(holds: Callable[[], bool], within: float = 10.0) -> bool:
