@@ -26,6 +26,7 @@ from . import _conninfo
 from ._diagnosis import Diagnosis
 from ._pool import BoundPool, CheckoutContext, State
 from ._snapshot import PoolSnapshot
+from ._where import code_behind
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
 
 ACT_co = TypeVar(
@@ -327,7 +328,12 @@ class PoolManager(Generic[ACT_co]):
 
     # --- work -----------------------------------------------------------------------------
 
-    def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[ACT_co]:
+    def connection(
+        self,
+        timeout: float | None = None,
+        *,
+        caller: FrameType | Callable[..., Any] | None = None,
+    ) -> AbstractAsyncContextManager[ACT_co]:
         """
         Return a context manager that acquires a connection, commits or rolls back, and releases.
 
@@ -338,8 +344,13 @@ class PoolManager(Generic[ACT_co]):
         Args:
             timeout: Seconds to wait for a connection, the pool's `timeout` if None. With 0,
                 take one that is free now or fail.
+            caller: Whose line `snapshot()` and `diagnose()` name, for code that acquires on
+                somebody's behalf: a frame (``sys._getframe(1)``), or the function that the
+                connection is for. The line that calls this method if None, and if the function
+                is not written in Python.
 
         Raises:
+            ConfigError: If *caller* is none of these.
             LoopMismatchError: If used on another loop than the one that opened the pool.
             NotOpenError, ClosedError: If the pool is not open, or is closed meanwhile.
             AcquireTimeout: If no connection was free in time.
@@ -348,7 +359,13 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        return CheckoutContext(self._pool, timeout, frame)
+        if caller is None:
+            return CheckoutContext(self._pool, timeout, frame)
+        if isinstance(caller, FrameType):
+            return CheckoutContext(self._pool, timeout, caller)
+        if not callable(caller):
+            raise _bad("caller", caller, "a frame, a function or None")
+        return CheckoutContext(self._pool, timeout, frame, code=code_behind(caller))
 
     def transaction(
         self,

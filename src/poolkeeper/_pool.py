@@ -612,12 +612,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._getconn(timeout, frame, frame.f_lineno)
 
     async def _getconn(self, timeout: float | None, frame: FrameType, lineno: int) -> ACT:
-        conn: Any = self.take(frame, lineno, False)
+        conn: Any = self.take(frame, frame.f_code, lineno, False)
         if conn is None:
-            conn = await self.wait_for_connection(timeout, frame, lineno, False)
+            conn = await self.wait_for_connection(timeout, frame, frame.f_code, lineno, False)
         return cast(ACT, conn)
 
-    def take(self, frame: FrameType, lineno: int, structured: bool) -> Any:
+    def take(self, frame: FrameType, code: CodeType, lineno: int, structured: bool) -> Any:
         """
         Acquire a connection that is free, sound and needs no check; None if that takes waiting.
 
@@ -625,7 +625,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
         Args:
             frame: Where it is asked for.
-            lineno: At which line of it.
+            code: Whose checkout it is: the frame's own, or what it is asked for on behalf of.
+            lineno: At which line of that.
             structured: True if a block of the calling task's own will give it back.
 
         Raises:
@@ -648,19 +649,20 @@ class BoundPool(AsyncConnectionPool[ACT]):
             session.heard_at = now
         idle.popleft()
         _compat.note_idle_low(self, len(idle))
-        return self._check_out(conn, session, frame, lineno, structured, now)
+        return self._check_out(conn, session, frame, code, lineno, structured, now)
 
     def _check_out(
         self,
         conn: Any,
         session: Session,
         frame: FrameType,
+        code: CodeType,
         lineno: int,
         structured: bool,
         now: float,
     ) -> Any:
         task: Any = current_task()
-        checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
+        checkout = Checkout(session, task, code, lineno, structured, now)
         session.checkout = conn._checkout = checkout
         conn._pool = self
         if self._leak_threshold is None:
@@ -670,13 +672,17 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return conn
 
     async def wait_for_connection(
-        self, timeout: float | None, frame: FrameType, lineno: int, structured: bool
+        self,
+        timeout: float | None,
+        frame: FrameType,
+        code: CodeType,
+        lineno: int,
+        structured: bool,
     ) -> Any:
         """Acquire a connection when `take()` had none."""
         if timeout is None:
             timeout = self.timeout
         deadline = monotonic() + timeout
-        code = frame.f_code
         pause = 0.0
         while True:
             if self._state is not _OPEN:
@@ -694,7 +700,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             if fresh or session.is_quiet() or await self._answers(conn):
                 session.heard_at = now
                 if self._user_check is None or await self._passes(self._user_check, conn):
-                    return self._check_out(conn, session, frame, lineno, structured, now)
+                    return self._check_out(conn, session, frame, code, lineno, structured, now)
                 if monotonic() >= deadline:
                     raise self._acquire_timeout(timeout)
                 if session.pgconn.status != BAD:
@@ -1440,9 +1446,10 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         timeout: Seconds to wait; None for the pool's own.
         frame: Where it was asked for.
         enclosed: True if it is certain that the task that enters leaves it as well.
+        code: On whose behalf, if that is not the frame's own code.
     """
 
-    __slots__ = ("_conn", "_enclosed", "_frame", "_lineno", "_pool", "_timeout")
+    __slots__ = ("_code", "_conn", "_enclosed", "_frame", "_lineno", "_pool", "_timeout")
 
     def __init__(
         self,
@@ -1450,11 +1457,15 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         timeout: float | None,
         frame: FrameType,
         enclosed: bool = False,
+        code: CodeType | None = None,
     ) -> None:
         self._pool = pool
         self._timeout = timeout
         self._frame: FrameType | None = frame
-        self._lineno = frame.f_lineno
+        if code is None:
+            self._code, self._lineno = frame.f_code, frame.f_lineno
+        else:
+            self._code, self._lineno = code, code.co_firstlineno
         self._enclosed = enclosed
 
     @override
@@ -1466,9 +1477,11 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         if not structured:
             entering = sys._getframe(1)
             structured = entering is frame or not _by_exit_stack(entering)
-        conn = pool.take(frame, self._lineno, structured)
+        conn = pool.take(frame, self._code, self._lineno, structured)
         if conn is None:
-            conn = await pool.wait_for_connection(self._timeout, frame, self._lineno, structured)
+            conn = await pool.wait_for_connection(
+                self._timeout, frame, self._code, self._lineno, structured
+            )
         self._conn: Any = conn
         return conn  # type: ignore[no-any-return]
 

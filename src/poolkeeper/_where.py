@@ -14,8 +14,10 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any, cast
 
 _INTERNAL = ("poolkeeper", "psycopg", "psycopg_pool", "contextlib", "asyncio", "weakref")
 
@@ -104,6 +106,46 @@ def call_site() -> str:
         frame = frame.f_back
     assert innermost is not None
     return site(innermost.f_code, innermost.f_lineno)
+
+
+_MOST_WRAPPERS = 50  # some go round in circles
+
+
+def code_behind(function: object) -> CodeType | None:
+    """
+    Return the code that somebody wrote as *function*; None if it has none in Python.
+
+    Behind decorators (`functools.wraps`), partials, methods and objects that can be called. A
+    class stands where the first function in its body does.
+    """
+    written = _unwrapped(function)
+    if not isinstance(written, type):
+        return written
+    inside = f"{written.__qualname__}."  # and so neither generated nor assigned
+    members = map(_unwrapped, vars(written).values())
+    return min(
+        (m for m in members if isinstance(m, CodeType) and m.co_qualname.startswith(inside)),
+        key=lambda code: code.co_firstlineno,
+        default=None,
+    )
+
+
+def _unwrapped(function: Any) -> CodeType | type | None:
+    for _ in range(_MOST_WRAPPERS):
+        inner: Any = getattr(function, "__wrapped__", None)
+        if inner is None:
+            inner = getattr(function, "__func__", None)
+        if inner is None and issubclass(type(function), partial):
+            inner = function.func
+        if inner is None:
+            code = getattr(function, "__code__", None)
+            if type(code) is CodeType:  # a mock pretends
+                return code
+            if isinstance(function, type):
+                return function
+            inner = cast(Any, type(function)).__call__
+        function = inner
+    return None
 
 
 def site(code: CodeType, lineno: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple, assert_type
 
@@ -45,6 +46,10 @@ async def by_default() -> None:
         assert_type(await cur.fetchone(), TupleRow | None)
 
     async with db.connection(timeout=1) as conn:
+        assert_type(conn, AsyncConnection[TupleRow])
+    async with db.connection(1, caller=by_default) as conn:
+        assert_type(conn, AsyncConnection[TupleRow])
+    async with db.connection(caller=sys._getframe(1)) as conn:
         assert_type(conn, AsyncConnection[TupleRow])
 
     async with db.transaction() as conn:
