@@ -7,7 +7,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,19 @@ import pytest
 from poolkeeper import AcquireTimeout, PoolManager, _diagnosis
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
-from tests.support.server import admin
+from tests.support.server import admin, endless
 
 MakeManager = Callable[..., PoolManager[Any]]
 
 HERE = "tests/integration/test_diagnose.py"
 LONG = 1.3
 """Seconds; longer than what counts as held for long."""
+
+
+@pytest.fixture(autouse=True)
+def only_stalls_that_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not let the diagnosis name what the machine does to the loop beside the test."""
+    monkeypatch.setattr(_diagnosis, "STALL", 0.7)
 
 
 async def until(holds: Callable[[], object], within: float = 10.0) -> None:
@@ -80,7 +85,7 @@ async def test_held_across_something_else(make_manager: MakeManager) -> None:
         await asyncio.sleep(30)  # an HTTP call, say
 
     tasks = await start(db, 2, call_somebody)
-    error = await timed_out(db, LONG)
+    error = await timed_out(db, 2 * LONG)
     await end(tasks)
     line = start.__code__.co_firstlineno + 7
     assert error.diagnosis is not None
@@ -88,7 +93,12 @@ async def test_held_across_something_else(make_manager: MakeManager) -> None:
     first, detail, hint = str(error).splitlines()
     assert first.endswith("connections are held while something else is waited for")
     assert "total=2 in_use=2 idle=0 max=2 waiting=0." in detail
-    assert re.search(r"2 connections held for 2\.\d s in all, in queries for 0\.\d s of it", detail)
+    found = re.search(
+        r"2 connections held for (\d+\.\d) s in all, in queries for (\d\.\d) s of it", detail
+    )
+    assert found is not None
+    assert float(found[1]) >= 4 * LONG  # each of the two for as long as was waited
+    assert 0.1 <= float(found[2]) < 0.2 * float(found[1])
     assert f"acquired at {HERE}:{line} (2x)" in detail
     assert 'task "worker-0"' in detail
     assert "idle in transaction (server process " in detail
@@ -183,9 +193,16 @@ async def test_the_pool_is_still_growing(make_manager: MakeManager, proxy: Fault
         waiter = asyncio.create_task(timed_out(db, 0.5))
         await until(lambda: db.snapshot().connecting == 1 and db.snapshot().waiting == 1)
         assert db.diagnose().cause == "growing"
+        assert "1 connection attempt had no answer from the server yet" in str(db.diagnose())
         error = await waiter
+        assert error.diagnosis is not None
+        assert error.diagnosis.cause == "growing"
         assert "the pool is still making connections" in str(error)
-        assert "1 connection attempt had no answer from the server yet" in str(error)
+        # Others are started beside the one that has no answer for half a second.
+        attempts = error.diagnosis.snapshot.connecting
+        assert 1 <= attempts <= db.pool.num_workers
+        assert f"{attempts} connection attempt" in str(error)
+        assert "had no answer from the server yet" in str(error)
         proxy.silent = False
 
 
@@ -194,8 +211,8 @@ async def test_the_loop_stood_still(make_manager: MakeManager) -> None:
     tasks = await start(db, 1, lambda conn: asyncio.sleep(30))
 
     async def report() -> None:
-        await asyncio.sleep(0.1)
-        time.sleep(1.0)
+        await until(lambda: db.snapshot().waiting == 1)
+        time.sleep(1.5)
 
     blocking = asyncio.create_task(report(), name="reporter")
     error = await timed_out(db, 0.5)
@@ -205,7 +222,7 @@ async def test_the_loop_stood_still(make_manager: MakeManager) -> None:
     assert error.diagnosis.cause == "stalled-loop"
     found = re.search(r"the event loop stood still for (\d\.\d) s", str(error))
     assert found is not None
-    assert 0.5 <= float(found[1]) < 5
+    assert 1 <= float(found[1]) < 5
     assert "to_thread" in str(error.hint)
 
 
@@ -248,10 +265,10 @@ async def test_the_pool_is_too_small_for_the_load(make_manager: MakeManager) -> 
 
     async def client() -> None:
         while not stop:
-            with suppress(AcquireTimeout):
-                async with db.connection(timeout=1.0):
-                    await asyncio.sleep(0.05)
+            async with db.connection():
+                await asyncio.sleep(0.05)
 
+    # Patient ones: who gave up and came back would let the one that is looked at overtake.
     clients = [asyncio.create_task(client()) for _ in range(60)]
     await until(lambda: len(db.pool._line) == 58)
     await asyncio.sleep(0.5)
@@ -301,27 +318,30 @@ def test_each_cause_has_its_place_in_the_docs() -> None:
 # --- what is measured ---------------------------------------------------------------------------
 
 
-async def test_the_time_in_queries_is_told_from_the_rest(make_manager: MakeManager) -> None:
+async def test_the_time_in_queries_is_told_from_the_rest(
+    make_manager: MakeManager, dsn: str
+) -> None:
     db = await opened(make_manager, 1)
     async with db.connection() as conn:
         await conn.execute("select pg_sleep(0.3)")
         await asyncio.sleep(0.3)
         (row,) = db.snapshot().checkouts
-        assert row.held_seconds >= 0.6
+        assert row.held_seconds >= 0.55
         assert 0.3 <= row.query_seconds <= row.held_seconds - 0.25
         assert row.status == "idle in transaction"
         assert row.status_seconds >= 0.25
         assert row.backend_pid == conn.info.backend_pid
-        query = asyncio.create_task(conn.execute("select pg_sleep(0.3)"))
-        await asyncio.sleep(0.15)
-        (row,) = db.snapshot().checkouts
-        assert row.status == "running a query"
-        assert row.query_seconds >= 0.4  # what runs now is counted as well
+        with endless(dsn) as lasting:
+            query = asyncio.create_task(conn.execute(f"select {lasting}"))
+            await asyncio.sleep(0.3)
+            (row,) = db.snapshot().checkouts
+            assert row.status == "running a query"
+            assert row.query_seconds >= 0.55  # what runs now is counted as well
         await query
     assert not db.snapshot().checkouts
     load = db.snapshot().load
     assert load.released == 1
-    assert 0.6 <= load.query_seconds <= load.held_seconds - 0.25
+    assert 0.55 <= load.query_seconds <= load.held_seconds - 0.25
 
 
 async def test_a_snapshot_shows_who_holds_and_who_waits(make_manager: MakeManager) -> None:
@@ -435,7 +455,6 @@ async def test_neither_query_nor_parameter_nor_password_is_in_any_of_it(
 async def test_a_storm_of_time_outs_is_logged_once(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("poolkeeper._pool.STORM", 0.5)
     caplog.set_level(logging.WARNING, logger="poolkeeper")
 
     def records() -> list[str]:
@@ -448,6 +467,7 @@ async def test_a_storm_of_time_outs_is_logged_once(
         assert records()[0] in {str(error) for error in errors}
         await asyncio.create_task(timed_out(db, 0.01))  # the storm goes on
         assert len(records()) == 1
+        monkeypatch.setattr("poolkeeper._pool.STORM", 0.5)
         await asyncio.sleep(0.7)
         await asyncio.create_task(timed_out(db, 0.01))
         assert len(records()) == 2
