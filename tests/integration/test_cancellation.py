@@ -20,12 +20,23 @@ import pytest
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, _connection, _pool
 from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
 
 MakeManager = Callable[..., PoolManager[Any]]
 Body = Callable[[PoolManager[Any]], Awaitable[Any]]
+
+
+@pytest.fixture(autouse=True)
+def a_server_that_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Let nothing be given up because the machine is slow: what is lost here was lost to a mistake.
+
+    It takes a second, and more, to have a hundred queries stopped where the cores are busy.
+    """
+    for module in (_connection, _pool):
+        monkeypatch.setattr(module, "CANCEL_GRACE", 20.0)
 
 
 async def until(holds: Callable[[], object], within: float = 10.0) -> None:
@@ -391,15 +402,17 @@ async def test_time_outs_inside_of_a_task_group_inside_of_a_time_out(
         except TimeoutError:
             inner += 1
 
-    for outer in (0.01, 0.03, 0.05):
+    for outer in (0.01, 0.03, 0.05, None):
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(outer):
+            async with asyncio.timeout(outer) as time_out:
                 async with asyncio.TaskGroup() as group:
                     for n in range(20):
                         group.create_task(request(0.005 * n))
+                    if outer is None:  # as soon as one of the inner ones has come to its end
+                        await until(lambda: inner > 0)
+                        time_out.reschedule(asyncio.get_running_loop().time())
                     await asyncio.sleep(30)
         await is_whole(ten)
-    assert inner > 0
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0

@@ -286,6 +286,8 @@ async def test_a_silent_server_that_wakes_up_answers_what_waited(
 ) -> None:
     db = await make(proxy.dsn, min_size=size, max_size=size)
     await asyncio.to_thread(kill_sessions, dsn, NAME)
+    # Until the proxy has passed it on.
+    await until(lambda: not any(conn._session.is_quiet() for conn in db.pool._idle))
     proxy.stall()
     requests = [asyncio.create_task(query_for(db, 30)) for _ in range(10)]
     await asyncio.sleep(3.0)
