@@ -1534,12 +1534,33 @@ class _Autocommit(AbstractAsyncContextManager[None]):
 
 
 async def _end_query(conn: BoundConnection) -> None:
-    """Let the server stop what runs on a connection, which goes on there otherwise; end it."""
+    """
+    Let the server stop what runs on a connection, which goes on there otherwise; end it.
+
+    It forgets a request to cancel that arrives before the query does, so one is not enough: ask
+    until it answers, within `CANCEL_GRACE`.
+    """
+    pgconn = conn.pgconn
+    until = monotonic() + CANCEL_GRACE
+    pause = 0.01
     try:
-        with suppress(Exception):
-            await conn.cancel_safe(timeout=CANCEL_GRACE)
+        unanswered = pgconn.transaction_status == ACTIVE
+        while unanswered and (left := until - monotonic()) > 0:
+            with suppress(Exception):
+                await conn.cancel_safe(timeout=left)
+            ask_again = min(until, monotonic() + pause)
+            # libpq has no event for it: the task of the query, if it still reads, has the answer.
+            while (unanswered := _is_unanswered(conn)) and monotonic() < ask_again:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            pause *= 2
     finally:
-        shut_down(conn.pgconn)
+        if pgconn.status != BAD:
+            shut_down(pgconn)
+
+
+def _is_unanswered(conn: BoundConnection) -> bool:
+    """Tell whether a query runs, of which the server has said nothing that was not read yet."""
+    return conn.pgconn.transaction_status == ACTIVE and conn._session.is_quiet()
 
 
 async def _request_cancel(session: Session) -> None:

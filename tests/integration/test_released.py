@@ -562,6 +562,36 @@ async def test_a_connection_that_another_task_is_at_work_on_is_not_handed_on(
     assert one.pool.get_stats()["returns_bad"] == 1
 
 
+class Forgotten(psycopg.AsyncConnection[Any]):
+    """Its first request to cancel is lost, as one is that comes before the query does."""
+
+    requests = 0
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        self.requests += 1
+        if self.requests > 1:
+            await super().cancel_safe(timeout=timeout)
+
+
+@pytest.mark.parametrize("kind", [psycopg.AsyncConnection, Forgotten], ids=by_name)
+async def test_what_another_task_ran_on_it_is_stopped_at_the_server(
+    make_manager: MakeManager, dsn: str, kind: type[Any]
+) -> None:
+    db = make_manager(connection_class=kind, min_size=1, max_size=1, name="orders", timeout=5)
+    await db.open()
+    conn = await db.pool.getconn()
+    pid = conn.info.backend_pid
+    with endless(dsn) as lasting:
+        child = asyncio.ensure_future(conn.execute(f"select {lasting}"))
+        assert await asyncio.to_thread(eventually, lambda: is_at_work(dsn, pid))
+        await db.pool.putconn(conn)
+        with pytest.raises(psycopg.Error):
+            await child
+        gone = "select 1 from pg_stat_activity where pid = %s"
+        assert await asyncio.to_thread(eventually, lambda: not admin(dsn, gone, (pid,)))
+    assert await db.fetchval("select 1") == 1
+
+
 async def test_a_block_that_is_cancelled_while_its_child_works_gives_no_busy_connection_on(
     one: PoolManager[Any],
 ) -> None:
