@@ -3,6 +3,7 @@ poolkeeper: keeps psycopg's async connection pool alive, on the right event loop
 """
 
 from ._diagnosis import Diagnosis, Finding
+from ._health import Health
 from ._manager import PoolManager
 from ._pool import BoundPool
 from ._snapshot import CheckoutRow, LoadRow, PoolSnapshot, WaiterRow
@@ -33,6 +34,7 @@ __all__ = [
     "Diagnosis",
     "DuplicatePoolWarning",
     "Finding",
+    "Health",
     "LoadRow",
     "LoopMismatchError",
     "MissingDependencyError",

@@ -152,6 +152,14 @@ async def connect(pool: AnyPool) -> AnyConnection:
     return conn
 
 
+async def connect_beside(pool: AnyPool) -> AnyConnection:
+    """Make one connection with the parameters of *pool*, neither configured nor counted."""
+    conninfo = await pool._resolve_conninfo()
+    kwargs = await pool._resolve_kwargs()
+    conn: AnyConnection = await pool.connection_class.connect(conninfo, **kwargs)
+    return conn
+
+
 async def add(pool: AnyPool, conn: AnyConnection) -> None:
     """
     Add a new connection to *pool* and let the growth go on, one connection at a time.

@@ -13,7 +13,17 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import FrameType, TracebackType
-from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Self,
+    TypeAlias,
+    cast,
+    get_origin,
+    overload,
+)
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
@@ -28,6 +38,9 @@ from ._pool import BoundPool, CheckoutContext, State
 from ._snapshot import PoolSnapshot
 from ._where import code_behind
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
+
+if TYPE_CHECKING:
+    from ._health import Health
 
 ACT_co = TypeVar(
     "ACT_co", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow], covariant=True
@@ -225,6 +238,41 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         return self._pool.diagnose()
+
+    async def check(self, timeout: float = 2.0) -> Health:
+        """
+        Find out whether a query can run now, for a readiness endpoint.
+
+        Asks the server on a connection that is free, without a place in the line; if none is,
+        on one beside the pool, which is closed at once: so it works while the pool is
+        exhausted too. Those who ask at the same time share one question, each with a timeout of
+        its own. Trouble of the server or the pool is an answer, not an exception. If cancelled,
+        nothing is left behind.
+
+        A server that has no slot for the connection beside the pool has answered, as long as the
+        pool holds connections of its own.
+
+        Args:
+            timeout: Seconds that the server has to answer.
+
+        Returns:
+            The answer; true, as a condition, if a query can run.
+
+        Raises:
+            ConfigError: If *timeout* is no number of seconds.
+            LoopMismatchError: If called on another loop than the one that opened the pool, or
+                in a forked process.
+
+        Source:
+            psycopg_pool 3.3, ``AsyncConnectionPool.check_connection``: an empty query, outside of
+            a transaction.
+
+        .. versionadded:: 0.1.0
+        """
+        _require_number(timeout=timeout)
+        from . import _health  # not before it is needed: importing costs less so
+
+        return await _health.check(self._pool, timeout)
 
     # --- open and close -------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import psycopg
 from psycopg import AsyncConnection, pq, sql
@@ -64,6 +64,9 @@ from .errors import (
     TooManyWaitersError,
     see,
 )
+
+if TYPE_CHECKING:
+    from ._health import Question
 
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
@@ -168,6 +171,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._outage_told = False
         self._leak_timer: asyncio.TimerHandle | None = None
         self._slow_callbacks: SlowCallbacks | None = None
+        self.question: Question | None = None  # the last one that check() of the manager asked
         # psycopg_pool's counters, as far as they are counted on the way: see _pour_counters().
         self._requests = self._requests_queued = 0
         self._wait_seconds = self._usage_seconds = 0.0
@@ -543,7 +547,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._outage_told = False
         if not self._outage_told and failing > self.reconnect_timeout:
             self._outage_told = True
-            self._start_own_task(self._tell_reconnect_failed)
+            self.start_own_task(self._tell_reconnect_failed)
 
     async def _tell_reconnect_failed(self) -> None:
         try:
@@ -820,7 +824,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _start_asking(self, conn: Any) -> asyncio.Future[bool]:
         verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._start_own_task(partial(self._ask, conn, verdict)).add_done_callback(
+        self.start_own_task(partial(self._ask, conn, verdict)).add_done_callback(
             partial(self._asked, conn, verdict)
         )
         return verdict
@@ -864,11 +868,28 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _checked(self, conn: Any, verdict: asyncio.Future[bool]) -> None:
         if not verdict.result():
-            return  # it was taken back already
-        if self._oversized or _compat.is_expired(self, conn, monotonic()):
+            self._replace_dead([])  # this one was taken back; it may not be alone
+        elif self._oversized or _compat.is_expired(self, conn, monotonic()):
             self._start_put_back(conn, from_getconn=True)
         else:
             self._give(conn)
+
+    def ask_idle(self) -> asyncio.Future[bool] | None:
+        """
+        Ask the server on a connection that nobody waits for; None if none is free.
+
+        The connection is kept, or replaced, when the answer has come.
+        """
+        idle = self._idle
+        if not idle or self._line:
+            return None
+        conn = idle.popleft()
+        _compat.note_idle_low(self, len(idle))
+        return self._check_idle(conn)
+
+    async def connect_beside(self) -> Any:
+        """Make a connection that is not the pool's: neither configured nor counted."""
+        return await _compat.connect_beside(self)
 
     def _replace_dead(self, dead: list[Any]) -> None:
         """Replace *dead*, which were idle, and those of the idle ones that are dead as well."""
@@ -1038,7 +1059,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         last = remains(conn)
         retire(conn)
         if session.pgconn.transaction_status == ACTIVE:
-            self._start_own_task(partial(_end_query, last))
+            self.start_own_task(partial(_end_query, last))
         else:
             # Not closed: see _end_session().
             shut_down(session.pgconn)
@@ -1079,7 +1100,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _start_put_back(self, conn: Any, **how: bool) -> asyncio.Task[None]:
         """Give back a connection in a task of its own, which nobody's cancellation reaches."""
-        task = self._start_own_task(partial(self._put_back, conn, **how))
+        task = self.start_own_task(partial(self._put_back, conn, **how))
         task.add_done_callback(partial(self._put_back_ended, conn))
         return task
 
@@ -1091,9 +1112,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._end_session(conn._session)
             _compat.replace_lost(self)
 
-    def _start_own_task(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    def start_own_task(
+        self, work: Callable[[], Coroutine[Any, Any, None]], name: str = "release"
+    ) -> asyncio.Task[None]:
         """Start *work* in a task that `close()` waits for."""
-        task = asyncio.get_running_loop().create_task(run_own(work), name=f"{self.name}-release")
+        task = asyncio.get_running_loop().create_task(run_own(work), name=f"{self.name}-{name}")
         self._returning.add(task)
         task.add_done_callback(self._returned)
         return task
@@ -1186,6 +1209,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         ended = self._ended = asyncio.get_running_loop().create_future()
         self._line.refuse_all(failure or self._closed_error())
         self._tell_openers(failure or self._closed_error())
+        if self.question is not None:
+            self.question.refuse("the pool is closing")
         for conn in _compat.refuse_clients(self):
             conn.pgconn.finish()
         interruption: asyncio.CancelledError | None = None
@@ -1379,6 +1404,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._binding.check(purpose)
         if self._state is State.CLOSING:
             raise self._closed_error(purpose)
+
+    def out_of_service(self, purpose: str) -> str | None:
+        """Do as `_check_usable()`, but return in words that it is not open."""
+        if self._state is State.NEW or self._binding is None:
+            return "the pool is not open"
+        if self._state is State.CLOSED:
+            return "the pool is closed"
+        self._binding.check(purpose)
+        return "the pool is closing" if self._state is State.CLOSING else None
 
     def _closed_error(self, purpose: str = "") -> ClosedError:
         used = f" Used {Place.here()} to {purpose}." if purpose else ""

@@ -82,6 +82,16 @@ def reason(error: BaseException) -> str:
     return after.strip() if fatal else text
 
 
+_NO_SLOT = "too many (clients|connections)|connection slots|no more connections"
+
+
+def has_no_slot(error: BaseException) -> bool:
+    """Tell whether the server is there, and has no room for one more connection."""
+    return isinstance(error, psycopg.OperationalError) and bool(
+        re.search(_NO_SLOT, str(error), re.IGNORECASE)
+    )
+
+
 _ADVICE: tuple[tuple[str, str], ...] = (
     (
         "password|authentication failed|is not permitted to log in",
@@ -100,7 +110,7 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     ),
     ("SSL|certificate", "Check sslmode and the certificates on both sides."),
     (
-        "too many (clients|connections)|connection slots|no more connections",
+        _NO_SLOT,
         "The server has no connection left for us: lower max_size times the number of"
         " processes, or raise its max_connections.",
     ),

@@ -11,7 +11,7 @@ from psycopg.rows import DictRow, TupleRow, class_row, dict_row, namedtuple_row,
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import BoundPool, PoolManager
+from poolkeeper import BoundPool, Health, PoolManager, PoolSnapshot
 
 
 @dataclass
@@ -71,6 +71,14 @@ async def by_default() -> None:
     assert_type(await db.fetchall("select 1"), list[TupleRow])
     assert_type(await db.fetchval("select 1"), Any)
     assert_type(await db.execute("delete from orders"), int)
+
+    health = await db.check()
+    assert_type(health, Health)
+    assert_type(await db.check(0.5), Health)
+    assert_type(await db.check(timeout=1), Health)
+    assert_type((health.ok, health.reason, health.beside), tuple[bool, str, bool])
+    assert_type(health.seconds, float)
+    assert_type(health.snapshot, PoolSnapshot)
 
     assert_type(await db.open(), None)
     assert_type(await db.open(wait=False, timeout=3), None)

@@ -1,0 +1,194 @@
+"""
+Can a query run now? What `PoolManager.check()` asks, and how the answer is found.
+
+One question is open at a time, shared by all who ask meanwhile: a probe that is slow to be
+answered does not turn into many, and an exhausted pool costs the server one more connection,
+not one for each probe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol
+
+from . import _recovery
+from ._connection import shut_down
+from ._snapshot import PoolSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """
+    Whether a query could run at one moment. True as a condition if it could.
+
+    .. versionadded:: 0.1.0
+    """
+
+    ok: bool
+    """True if the server answered."""
+
+    reason: str
+    """Why, in one line: the server's own words where it gave a reason."""
+
+    seconds: float
+    """How long it took to find out."""
+
+    beside: bool
+    """True if it was asked beside the pool, which had no connection free."""
+
+    snapshot: PoolSnapshot
+    """The pool when that was known."""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+class Pool(Protocol):
+    """What a question asks of the pool."""
+
+    question: Question | None
+
+    @staticmethod
+    async def check_connection(conn: Any, /) -> None:
+        """Run an empty query on *conn*, outside of a transaction."""
+        ...
+
+    def out_of_service(self, purpose: str) -> str | None:
+        """Return why no query can run in this state, None if one may; raise if not from here."""
+        ...
+
+    def ask_idle(self) -> asyncio.Future[bool] | None:
+        """Ask the server on a connection that nobody waits for; None if none is free."""
+        ...
+
+    async def connect_beside(self) -> Any:
+        """Make a connection that is not the pool's."""
+        ...
+
+    def start_own_task(
+        self, work: Callable[[], Coroutine[Any, Any, None]], name: str
+    ) -> asyncio.Task[None]:
+        """Start *work* in a task that `close()` waits for."""
+        ...
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return the facts of this moment."""
+        ...
+
+
+async def check(pool: Pool, timeout: float) -> Health:
+    """Return whether the server answers within *timeout* seconds."""
+    began = monotonic()
+    ok, beside = False, False
+    reason = pool.out_of_service("check it")
+    if reason is None:
+        question = pool.question
+        if question is None or not question.is_open:
+            question = pool.question = Question(pool, question)
+        ok, reason = await question.answer_within(timeout)
+        beside = question.beside
+    return Health(ok, reason, monotonic() - began, beside, pool.snapshot())
+
+
+class Question:
+    """
+    One question to the server, and all who wait for the answer.
+
+    It is asked on a connection of the pool that is free, which is then the pool's to take back or
+    to replace, however long that takes. If there is none, it is asked on one beside the pool,
+    which is closed when the answer is known, or as soon as nobody waits for it any more.
+
+    Args:
+        pool: Whose server is asked.
+        before: The question before this one; what it has beside the pool goes first.
+    """
+
+    def __init__(self, pool: Pool, before: Question | None) -> None:
+        self._pool = pool
+        self._before = before._task if before is not None else None
+        self._answer: asyncio.Future[tuple[bool, str]] = asyncio.get_running_loop().create_future()
+        self._askers = 0
+        self._conn: Any = None
+        self.is_open = True
+        """True while whoever comes may wait for the answer as well."""
+        self.beside = False
+        """True once it is asked beside the pool."""
+        self._task: asyncio.Task[None] = pool.start_own_task(self._ask, "check")
+        self._task.add_done_callback(self._ended)
+
+    async def answer_within(self, timeout: float) -> tuple[bool, str]:
+        """Return whether a query can run, and why."""
+        self._askers += 1
+        try:
+            # A wait of its own for each: neither its timeout nor its cancellation is the others'.
+            await asyncio.wait({self._answer}, timeout=timeout)
+        finally:
+            self._askers -= 1
+            if not self._askers and self.beside:
+                self._stop()
+        if self._answer.done():
+            return self._answer.result()
+        return False, f"no answer within {timeout:.2f} s"
+
+    def refuse(self, reason: str) -> None:
+        """Answer no, and ask no more: the pool is about to close."""
+        self._tell(False, reason)
+        self._stop()
+
+    def _tell(self, ok: bool, reason: str) -> None:
+        self.is_open = False
+        if not self._answer.done():
+            self._answer.set_result((ok, reason))
+
+    def _stop(self) -> None:
+        self.is_open = False
+        if self._conn is None:
+            self._task.cancel()
+        elif not self._conn.closed:
+            # Not cancelled: psycopg would ask the server to stop, and wait for it.
+            shut_down(self._conn.pgconn)
+
+    async def _ask(self) -> None:
+        if self._before is not None:
+            await asyncio.wait({self._before})
+            self._before = None
+        while self._askers and (verdict := self._pool.ask_idle()) is not None:
+            await asyncio.wait({verdict})  # not its own to cancel
+            if verdict.result():
+                self._tell(True, "the server answered")
+                return
+        if self._askers:
+            self.beside = True
+            await self._ask_beside()
+        self.is_open = False
+
+    async def _ask_beside(self) -> None:
+        try:
+            self._conn = await self._pool.connect_beside()
+            await self._pool.check_connection(self._conn)
+        except Exception as ex:
+            self._tell(*self._refused(ex))
+        except asyncio.CancelledError:
+            if self.is_open:
+                raise
+            # By us. It goes no further: its traceback would keep the socket open.
+        else:
+            self._tell(True, "the server answered beside the pool, which has no connection free")
+        finally:
+            if self._conn is not None:
+                self._conn.pgconn.finish()
+                self._conn = None
+
+    def _refused(self, error: Exception) -> tuple[bool, str]:
+        said = _recovery.reason(error)
+        if _recovery.has_no_slot(error) and self._pool.snapshot().in_use:
+            return True, f"the server answered that it has no slot beside the pool's own: {said}"
+        return False, said
+
+    def _ended(self, _task: asyncio.Task[None]) -> None:
+        # Somebody cancelled every task there is, or the connection class failed in a way of its
+        # own: nobody shall wait for an answer that will not come.
+        self._tell(False, "the check was cancelled")
