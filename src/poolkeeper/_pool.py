@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import psycopg
 from psycopg import AsyncConnection, pq, sql
@@ -33,7 +33,7 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
-from . import _compat, _recovery
+from . import _compat, _facts, _recovery
 from ._binding import LoopBinding, inherited
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
@@ -51,9 +51,8 @@ from ._connection import (
     shut_down,
 )
 from ._conninfo import normalise, parse
-from ._diagnosis import Diagnosis, diagnose
+from ._health import Question
 from ._recovery import Connector
-from ._snapshot import CheckoutRow, PoolSnapshot, WaiterRow
 from ._where import Place, site
 from .errors import (
     AcquireTimeout,
@@ -64,9 +63,6 @@ from .errors import (
     TooManyWaitersError,
     see,
 )
-
-if TYPE_CHECKING:
-    from ._health import Question
 
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
@@ -218,7 +214,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         """Return who holds a connection, longest first."""
         return self._ledger.longest_first()
 
-    def snapshot(self, gave_up: asyncio.Task[Any] | None = None) -> PoolSnapshot:
+    def snapshot(self, gave_up: asyncio.Task[Any] | None = None) -> _facts.PoolSnapshot:
         """
         Return the facts of this moment. Never touches the network.
 
@@ -226,7 +222,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             gave_up: A task that has waited until now.
         """
         if self._binding is None or self._binding.dead:
-            return PoolSnapshot(
+            return _facts.PoolSnapshot(
                 self.name, self.state.value, 0, 0, 0, self.max_size, 0, self.min_size
             )
         now = monotonic()
@@ -235,7 +231,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         idle = len(self._idle)
         connector = self._connector
         error = connector.last_error
-        return PoolSnapshot(
+        return _facts.PoolSnapshot(
             name=self.name,
             state=self.state.value,
             total=len(held) + idle,
@@ -269,7 +265,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         holds: Counter[asyncio.Task[Any] | None],
         now: float,
         gave_up: asyncio.Task[Any] | None,
-    ) -> CheckoutRow | None:
+    ) -> _facts.CheckoutRow | None:
         session, task = checkout.session, checkout.task
         if session is None or task is None:
             return None  # given back just now: this is another thread
@@ -281,7 +277,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             status = "idle"
         else:
             status = "idle in transaction"
-        return CheckoutRow(
+        return _facts.CheckoutRow(
             task=task.get_name(),
             site=site(checkout.code, checkout.lineno),
             held_seconds=now - checkout.since,
@@ -290,15 +286,17 @@ class BoundPool(AsyncConnectionPool[ACT]):
             status_seconds=now - (checkout.busy_since or checkout.changed_at),
             backend_pid=pgconn.backend_pid if pgconn.status != BAD else 0,
             held_by_task=holds[task],
-            task_done=task.done(),
+            # A block outlives its task if it is a generator's, which was handed on (pytest's
+            # fixtures, dependencies of Litestar) and is not lost: the collector would end it.
+            task_done=task.done() and not checkout.structured,
             task_waits=task in self._line.tasks or task is gave_up,
             suspected_leak=checkout.reported,
             stack=checkout.stack_text(),
         )
 
-    def diagnose(self, gave_up: asyncio.Task[Any] | None = None) -> Diagnosis:
+    def diagnose(self, gave_up: asyncio.Task[Any] | None = None) -> _facts.Diagnosis:
         """Return why connections are short, from a `snapshot()` of this moment."""
-        return diagnose(self.snapshot(gave_up))
+        return _facts.diagnose(self.snapshot(gave_up))
 
     @override
     def __repr__(self) -> str:
@@ -380,6 +378,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _begin_life(self) -> None:
         binding = LoopBinding(self.name)  # raises where no pool can be opened
+        _facts.load()
         if self._state is not State.NEW:
             if self._state is not State.CLOSED:
                 self._abandon()
@@ -1638,8 +1637,10 @@ def _was_ended(conn: Any) -> bool:
     return bool(conn.pgconn.status == BAD)
 
 
-def _waiter_row(waiter: Waiter, holds: Counter[asyncio.Task[Any] | None], now: float) -> WaiterRow:
-    return WaiterRow(
+def _waiter_row(
+    waiter: Waiter, holds: Counter[asyncio.Task[Any] | None], now: float
+) -> _facts.WaiterRow:
+    return _facts.WaiterRow(
         task=waiter.task.get_name() if waiter.task else "",
         site=site(waiter.code, waiter.lineno),
         waited_seconds=now - waiter.since,

@@ -1,7 +1,7 @@
 """
-Frozen facts about a pool at one moment: what `snapshot()` returns and `_diagnosis` reads.
+Frozen facts about a pool at one moment: what `snapshot()` and `check()` return.
 
-Strings and numbers only. Taking one never touches the network.
+Strings and numbers only; `_diagnosis` reads them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CheckoutRow:
     """How many connections its task holds, this one included."""
 
     task_done: bool = False
-    """True if the task has ended without giving it back."""
+    """True if the task has ended without giving it back, and no block of its own will."""
 
     task_waits: bool = False
     """True if the task waits for one more connection."""
@@ -153,3 +153,30 @@ class PoolSnapshot:
             f"total={self.total} in_use={self.in_use} idle={self.idle} max={self.max}"
             f" waiting={self.waiting}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """
+    Whether a query could run at one moment. True as a condition if it could.
+
+    .. versionadded:: 0.1.0
+    """
+
+    ok: bool
+    """True if the server answered."""
+
+    reason: str
+    """Why, in one line: the server's own words where it gave a reason."""
+
+    seconds: float
+    """How long it took to find out."""
+
+    beside: bool
+    """True if it was asked beside the pool, which had no connection free."""
+
+    snapshot: PoolSnapshot
+    """The pool when that was known."""
+
+    def __bool__(self) -> bool:
+        return self.ok

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,26 @@ async def test_a_leak_by_a_task_that_has_ended(make_manager: MakeManager) -> Non
     assert "1 connection was not given back, 1 of them by a task that has ended" in str(error)
     assert f'task "careless" at {HERE}:{take.__code__.co_firstlineno + 1}' in str(error)
     await db.pool.putconn(kept.pop())
+
+
+async def test_a_connection_that_a_generator_hands_on_is_no_leak(
+    make_manager: MakeManager,
+) -> None:
+    """As fixtures and dependencies do: another task goes on with it, and gives it back."""
+    db = await opened(make_manager, 1)
+
+    async def fixture() -> AsyncIterator[Any]:
+        async with db.connection() as conn:
+            yield conn
+
+    generator = fixture()
+    conn = await asyncio.create_task(anext(generator))
+    error = await timed_out(db, LONG)
+    assert error.diagnosis is not None
+    assert error.diagnosis.cause == "held-but-hardly-used"
+    assert await (await conn.execute("select 1")).fetchone() == (1,)
+    await anext(generator, None)
+    assert db.snapshot().in_use == 0
 
 
 async def test_a_leak_that_the_threshold_found(make_manager: MakeManager) -> None:
