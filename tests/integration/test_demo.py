@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,21 @@ def test_it_shows_every_mistake_and_keeps_every_promise(dsn: str, tmp_path: Path
     assert not schemas(dsn)
 
 
-def test_its_own_server_is_gone_when_it_is_interrupted(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    for folder in tmp_path.parents:  # the server may run as another user
-        if folder.owner() == tmp_path.owner() and folder.is_relative_to(tempfile.gettempdir()):
-            folder.chmod(folder.stat().st_mode | 0o055)
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """
+    An empty directory for a server, which may run as another user.
+
+    Not below pytest's own: every other run of pytest that begins closes that to others.
+    """
+    with tempfile.TemporaryDirectory(prefix="poolkeeper-tests-") as directory:
+        Path(directory).chmod(0o777)
+        yield Path(directory)
+
+
+def test_its_own_server_is_gone_when_it_is_interrupted(open_to_all: Path) -> None:
     for line, number in (("poolkeeper ", signal.SIGTERM), (" 1. ", signal.SIGINT)):
-        process = command("demo", TMPDIR=str(tmp_path))
+        process = command("demo", TMPDIR=str(open_to_all))
         assert process.stdout is not None
         while not process.stdout.readline().startswith(line):
             assert process.poll() is None, process.communicate()
@@ -84,7 +93,7 @@ def test_its_own_server_is_gone_when_it_is_interrupted(tmp_path: Path) -> None:
         code, out, err = ended(process)
         assert code == 128 + number, (out, err)
         assert "Traceback" not in out + err
-        assert list(tmp_path.iterdir()) == []
+        assert list(open_to_all.iterdir()) == []
 
 
 def test_programs_that_hang_end_with_it(dsn: str) -> None:
