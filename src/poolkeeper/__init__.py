@@ -2,11 +2,11 @@
 poolkeeper: keeps psycopg's async connection pool alive, on the right event loop, and honest.
 """
 
-from ._diagnosis import Diagnosis, Finding
-from ._health import Health
+from typing import TYPE_CHECKING, Any
+
+from . import _facts
 from ._manager import PoolManager
 from ._pool import BoundPool
-from ._snapshot import CheckoutRow, LoadRow, PoolSnapshot, WaiterRow
 from .errors import (
     AcquireTimeout,
     ClosedError,
@@ -22,6 +22,27 @@ from .errors import (
     TooManyWaitersError,
     UnclosedManagerWarning,
 )
+
+if TYPE_CHECKING:
+    from ._facts import (
+        CheckoutRow,
+        Diagnosis,
+        Finding,
+        Health,
+        LoadRow,
+        PoolSnapshot,
+        WaiterRow,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(_facts, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

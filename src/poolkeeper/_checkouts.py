@@ -18,7 +18,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ._snapshot import LoadRow
+from . import _facts
 from ._where import site
 
 # --- those who wait ---------------------------------------------------------------------------
@@ -383,11 +383,11 @@ class Ledger:
         """Return who holds a connection."""
         return sorted(self.held, key=lambda checkout: checkout.since)
 
-    def load(self) -> LoadRow:
+    def load(self) -> _facts.LoadRow:
         """Return what was asked of the pool lately; those who hold a connection have arrived."""
         windows = {self._before, self._now}
         released = sum(window.released for window in windows)
-        return LoadRow(
+        return _facts.LoadRow(
             window_seconds=monotonic() - self._before.began,
             acquires=released + len(self.held),
             released=released,

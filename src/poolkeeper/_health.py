@@ -10,40 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
-from . import _recovery
+from . import _facts, _recovery
 from ._connection import shut_down
-from ._snapshot import PoolSnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """
-    Whether a query could run at one moment. True as a condition if it could.
-
-    .. versionadded:: 0.1.0
-    """
-
-    ok: bool
-    """True if the server answered."""
-
-    reason: str
-    """Why, in one line: the server's own words where it gave a reason."""
-
-    seconds: float
-    """How long it took to find out."""
-
-    beside: bool
-    """True if it was asked beside the pool, which had no connection free."""
-
-    snapshot: PoolSnapshot
-    """The pool when that was known."""
-
-    def __bool__(self) -> bool:
-        return self.ok
 
 
 class Pool(Protocol):
@@ -74,12 +45,12 @@ class Pool(Protocol):
         """Start *work* in a task that `close()` waits for."""
         ...
 
-    def snapshot(self) -> PoolSnapshot:
+    def snapshot(self) -> _facts.PoolSnapshot:
         """Return the facts of this moment."""
         ...
 
 
-async def check(pool: Pool, timeout: float) -> Health:
+async def check(pool: Pool, timeout: float) -> _facts.Health:
     """Return whether the server answers within *timeout* seconds."""
     began = monotonic()
     ok, beside = False, False
@@ -90,7 +61,7 @@ async def check(pool: Pool, timeout: float) -> Health:
             question = pool.question = Question(pool, question)
         ok, reason = await question.answer_within(timeout)
         beside = question.beside
-    return Health(ok, reason, monotonic() - began, beside, pool.snapshot())
+    return _facts.Health(ok, reason, monotonic() - began, beside, pool.snapshot())
 
 
 class Question:

@@ -13,17 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import FrameType, TracebackType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    Literal,
-    Self,
-    TypeAlias,
-    cast,
-    get_origin,
-    overload,
-)
+from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, overload
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
@@ -32,15 +22,10 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
-from . import _conninfo
-from ._diagnosis import Diagnosis
+from . import _conninfo, _facts, _health
 from ._pool import BoundPool, CheckoutContext, State
-from ._snapshot import PoolSnapshot
 from ._where import code_behind
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
-
-if TYPE_CHECKING:
-    from ._health import Health
 
 ACT_co = TypeVar(
     "ACT_co", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow], covariant=True
@@ -218,7 +203,7 @@ class PoolManager(Generic[ACT_co]):
     def __repr__(self) -> str:
         return f'<PoolManager "{self.name}" {self.state} {self._pool.numbers()}>'
 
-    def snapshot(self) -> PoolSnapshot:
+    def snapshot(self) -> _facts.PoolSnapshot:
         """
         Return frozen numbers, who holds a connection and who waits for one.
 
@@ -229,7 +214,7 @@ class PoolManager(Generic[ACT_co]):
         """
         return self._pool.snapshot()
 
-    def diagnose(self) -> Diagnosis:
+    def diagnose(self) -> _facts.Diagnosis:
         """
         Return why connections are short: likely cause first, evidence, advice.
 
@@ -239,7 +224,7 @@ class PoolManager(Generic[ACT_co]):
         """
         return self._pool.diagnose()
 
-    async def check(self, timeout: float = 2.0) -> Health:
+    async def check(self, timeout: float = 2.0) -> _facts.Health:
         """
         Find out whether a query can run now, for a readiness endpoint.
 
@@ -270,8 +255,6 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         _require_number(timeout=timeout)
-        from . import _health  # not before it is needed: importing costs less so
-
         return await _health.check(self._pool, timeout)
 
     # --- open and close -------------------------------------------------------------------

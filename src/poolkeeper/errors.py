@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import psycopg_pool
 
-from ._diagnosis import Diagnosis
+from . import _facts
 
 __all__ = [
     "AcquireTimeout",
@@ -105,11 +105,11 @@ class OpenError(PoolkeeperError, psycopg.OperationalError):
 class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):
     """No connection became free in time; ``__cause__`` is the last connect failure, if any."""
 
-    diagnosis: Diagnosis | None
+    diagnosis: _facts.Diagnosis | None
     """Why: the likely cause, its evidence and the snapshot it was made from."""
 
     def __init__(
-        self, message: str = "", *, diagnosis: Diagnosis | None = None, **fields: Any
+        self, message: str = "", *, diagnosis: _facts.Diagnosis | None = None, **fields: Any
     ) -> None:
         super().__init__(message, **fields)
         self.diagnosis = diagnosis
