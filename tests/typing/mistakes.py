@@ -13,6 +13,7 @@ from psycopg import AsyncConnection
 from psycopg.rows import DictRow, TupleRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
+import poolkeeper
 from poolkeeper import PoolManager
 
 
@@ -24,6 +25,11 @@ def not_async(conn: AsyncConnection[Any]) -> None: ...
 
 
 async def for_mine(conn: MyConn) -> None: ...
+
+
+def of_names() -> None:
+    """Although some are loaded later, by a function that is asked for any name."""
+    print(poolkeeper.Snapshot)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def of_the_constructor() -> None:
