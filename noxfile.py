@@ -44,21 +44,21 @@ def tests(session: nox.Session) -> None:
 def uvloop(session: nox.Session) -> None:
     """The suite on uvloop."""
     session.install("-e", ".", *group("test"))
-    run_suite(session, "--loop", "uvloop")
+    run_suite(session, "--servers", "few", "--loop", "uvloop")
 
 
 @nox.session(python=PYTHONS, tags=["tests"])
 def debug(session: nox.Session) -> None:
     """The suite in asyncio's debug mode."""
     session.install("-e", ".", *group("test"))
-    run_suite(session, PYTHONASYNCIODEBUG="1")
+    run_suite(session, "--servers", "few", PYTHONASYNCIODEBUG="1")
 
 
 @nox.session(python=PYTHONS, tags=["tests"])
 def oldest(session: nox.Session) -> None:
     """The suite with the oldest psycopg and psycopg_pool that are supported."""
     session.install("-e", ".", *group("test"), *OLDEST)
-    run_suite(session)
+    run_suite(session, "--servers", "few")
 
 
 @nox.session(python="3.11")

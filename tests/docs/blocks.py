@@ -5,6 +5,9 @@ A ``python`` block that calls ``run()`` is a whole program: it is saved as ``app
 process of its own. Any other is a fragment: ``main.py`` runs it in a coroutine, with an open
 manager at hand as ``db``. A ``text`` block after it, with no other block between, is how its
 output ends.
+
+A block with ``<!-- from: examples/... -->`` on the line before it is an excerpt of that file, which
+has tests of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-_FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"(?:^<!-- from: (?P<source>\S+) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 _RUN = re.compile(r"\brun\(")
 # Keeps the fragment's own file name and line numbers, for messages show them.
 _MAIN = """\
@@ -60,6 +66,8 @@ class Block:
     line: int
     language: str
     body: str
+    source: str | None = None
+    """The file that it is an excerpt of."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,13 @@ def blocks(path: Path) -> list[Block]:
     """Return the code blocks of a Markdown file."""
     text = path.read_text()
     return [
-        Block(path, text.count("\n", 0, match.start()) + 1, match["language"], match["body"])
+        Block(
+            path,
+            text.count("\n", 0, match.start()) + 1,
+            match["language"],
+            match["body"],
+            match["source"],
+        )
         for match in _FENCE.finditer(text)
     ]
 
@@ -110,7 +124,7 @@ def examples(path: Path) -> list[Example]:
     return [
         Example(block, after if after is not None and after.language == "text" else None)
         for block, after in pairwise([*blocks(path), None])
-        if block is not None and block.language == "python"
+        if block is not None and block.language == "python" and not block.source
     ]
 
 

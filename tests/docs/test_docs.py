@@ -12,11 +12,11 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import poolkeeper
-from tests.docs.blocks import Example, blocks, examples, normal
+from tests.docs.blocks import Block, Example, blocks, examples, normal
 from tests.support.server import admin
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -60,6 +60,15 @@ def test_an_example_does_what_the_text_says(
     assert bool(ended.returncode) == fails, ended.stdout
     if expected:
         assert normal(ended.stdout).endswith(expected), ended.stdout
+
+
+EXCERPTS = [block for page in PAGES for block in blocks(page) if block.source]
+
+
+@pytest.mark.parametrize("block", EXCERPTS, ids=lambda block: f"{block.path.name}:{block.line}")
+def test_an_excerpt_is_what_stands_in_the_tested_example(block: Block) -> None:
+    assert block.source is not None
+    assert f"\n{block.body}" in "\n" + (ROOT / block.source).read_text()
 
 
 def anchors(page: Path) -> set[str]:

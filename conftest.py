@@ -9,11 +9,14 @@ Tests marked ``fault`` always use embedded servers of their own: they stop and r
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
@@ -25,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("poolkeeper")
     group.addoption("--postgres", default="embedded", help="embedded, container or a DSN")
     group.addoption("--loop", default="asyncio", choices=["asyncio", "uvloop"])
+    group.addoption(
+        "--servers", default="all", choices=["all", "few"], help="web servers to run examples on"
+    )
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
@@ -77,6 +83,19 @@ def _container() -> Iterator[str]:
         pytest.skip(f"--postgres=container: there is no Docker here: {ex}")
     with container as server:
         yield server.get_connection_url()
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def database(dsn: str) -> Iterator[str]:
+    """The DSN of a database of the test's own."""
+    name = sql.Identifier(f"test_{os.getpid()}_{next(_numbers)}")
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("create database {}").format(name))
+        yield psycopg.conninfo.make_conninfo(dsn, dbname=name.as_string().strip('"'))
+        conn.execute(sql.SQL("drop database {} with (force)").format(name))
 
 
 @pytest.fixture(scope="session")
