@@ -6,5 +6,7 @@ SECRET_KEY = os.environ.get("SECRET_KEY", "only for an example")
 ALLOWED_HOSTS = ["127.0.0.1", "localhost"]
 ROOT_URLCONF = "examples.django.urls"
 ASGI_APPLICATION = "examples.django.app.app"
-# Each of them async, so that a request stays on the event loop.
-MIDDLEWARE = ["examples.django.views.RefusedMiddleware"]
+MIDDLEWARE = [
+    "django.middleware.common.CommonMiddleware",
+    "examples.django.views.RefusedMiddleware",
+]

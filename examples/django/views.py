@@ -29,7 +29,7 @@ async def transfers(request: HttpRequest) -> HttpResponseBase:
 async def transfer(request: HttpRequest) -> JsonResponse:
     try:
         wanted = ledger.Transfer.of(json.loads(request.body))
-    except json.JSONDecodeError as ex:
+    except ValueError as ex:
         raise ledger.Invalid("the body is no JSON") from ex
     async with db.connection() as conn:  # rolled back if this raises
         number = await ledger.transfer(conn, wanted)

@@ -169,7 +169,7 @@ class LifespanMiddleware:
 
     async def _found(self, scope: Scope) -> PoolManager[Any]:
         # A balancer sends requests only when this says so: it must not wait for the first one.
-        await self._started(timeout=2)
+        await self._started(timeout=1)
         if self._by_itself:
             return self._manager
         return pool_from(self._with_state(scope), self._key)
@@ -229,7 +229,7 @@ class _Inside:
             raise failure
 
     async def end(self, failure: Exception | None = None) -> None:
-        """Tell the server how it ended, unless it knows: start-up failed, as the application said."""
+        """Tell the server how it ended, unless the application told it that start-up failed."""
         answer = self._answer
         if self._serving:
             if failure is not None and (answer is None or not answer["type"].endswith("failed")):
@@ -250,13 +250,14 @@ class _Inside:
         return event
 
     async def _say(self, message: Message) -> None:
+        if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            self._answer = message
+            return
         if message["type"] == "lifespan.startup.complete":
             self._serving = True
-            await self._send(message)
-        else:
+        elif message["type"] == "lifespan.startup.failed":
             self._answer = message
-            if not self._serving:
-                await self._send(message)
+        await self._send(message)
 
     def _log_refusal(self, failure: Exception | None) -> None:
         if failure is not None and self._event is None:
