@@ -1,12 +1,16 @@
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import httpx
 import pytest
-from django.test import AsyncClient
+from asgi_lifespan import LifespanManager
+from django.test import AsyncClient, Client
 from django.test.utils import setup_test_environment, teardown_test_environment
 
 from examples import ledger
+from examples.django.app import app
 from examples.django.db import db
+from poolkeeper import NotOpenError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,3 +60,18 @@ async def test_a_transfer_that_cannot_be_made_changes_nothing(
     assert (await post(client, body)).status_code == status
     assert (await client.get("/accounts/1")).json() == {"id": 1, "balance": 1000}
     assert await text(await client.get("/transfers")) == ""
+
+
+async def test_the_application_as_it_is_served_opens_the_pool_and_is_ready() -> None:
+    async with LifespanManager(app) as running:
+        transport = httpx.ASGITransport(running.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            assert (await client.get("/livez")).status_code == 200
+            assert (await client.get("/readyz")).json()["status"] == "ready"
+            assert (await client.get("/accounts/1")).json() == {"id": 1, "balance": 1000}
+    assert db.state == "closed"
+
+
+def test_the_synchronous_client_has_no_loop_that_lasts() -> None:
+    with pytest.raises(NotOpenError, match='pool "ledger" is not open'):
+        Client().get("/accounts/1")

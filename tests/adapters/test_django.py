@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import django
@@ -26,8 +29,8 @@ from typing_extensions import override
 from poolkeeper import LoopMismatchError, NotOpenError, PoolManager
 from poolkeeper.adapters.asgi import LifespanMiddleware, connection_from, pool_from
 
-from .conformance import Conformance, Framework, Probe, client
-from .servers import SERVERS, Command, Served
+from .conformance import Conformance, Framework, Probe, client, until
+from .servers import SERVERS, Command, Served, _free_port
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "examples.django.settings")
 django.setup()
@@ -225,8 +228,49 @@ class TestDjangoServed(Served):
     example = "django"
     servers: ClassVar[dict[str, Command]] = {**SERVERS, "daphne": daphne}
     starts_without_pool = frozenset({"daphne"})
-    # It cancels what runs and closes the connections: see the test of daphne alone, below.
     known_to_drop = frozenset({"daphne"})
+
+
+DROPPED = """
+import asyncio
+
+async def app(scope, receive, send):
+    try:
+        if scope["path"] == "/slow":
+            print("accepted", flush=True)
+            await asyncio.sleep(5)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+    except asyncio.CancelledError:
+        print("cancelled", flush=True)
+        raise
+"""
+
+
+async def test_daphne_drops_what_it_has_accepted_whatever_the_application(tmp_path: Path) -> None:
+    """Without which it would not be excused above: this application has no pool, and no Django."""
+    (tmp_path / "bare.py").write_text(DROPPED)
+    port = _free_port()
+    process = subprocess.Popen(
+        [sys.executable, *daphne("bare:app", port)],
+        cwd=tmp_path,
+        stdout=(log := (tmp_path / "log").open("w+")),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            await until(lambda: "Listening on" in (tmp_path / "log").read_text(), 60)
+            slow = asyncio.create_task(http.get("/slow"))
+            await until(lambda: "accepted" in (tmp_path / "log").read_text())
+            process.terminate()
+            with pytest.raises(httpx.RemoteProtocolError):
+                await slow
+        await until(lambda: process.poll() is not None)
+        assert "cancelled" in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
 
 
 # --- test clients, and views that are no coroutines ----------------------------------------------

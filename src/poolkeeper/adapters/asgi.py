@@ -56,8 +56,8 @@ NO_LIFESPAN = (
 )
 NO_SCOPE = (
     "This request did not come through ASGI. Django's synchronous test client, and any WSGI"
-    " server, run each async view on an event loop of its own, where no pool can stay open: use"
-    " AsyncClient, and an ASGI server."
+    ' server ("manage.py runserver" is one, without daphne), run each async view on an event loop'
+    " of its own, where no pool can stay open: use AsyncClient, and an ASGI server."
 )
 
 
