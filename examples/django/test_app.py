@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from django.test.utils import setup_test_environment, teardown_test_environment
 from examples import ledger
 from examples.django.app import app
 from examples.django.db import db
-from poolkeeper import NotOpenError
+from poolkeeper import LoopMismatchError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,6 +73,6 @@ async def test_the_application_as_it_is_served_opens_the_pool_and_is_ready() -> 
     assert db.state == "closed"
 
 
-def test_the_synchronous_client_has_no_loop_that_lasts() -> None:
-    with pytest.raises(NotOpenError, match='pool "ledger" is not open'):
-        Client().get("/accounts/1")
+async def test_the_synchronous_client_runs_views_on_a_loop_of_its_own(client: AsyncClient) -> None:
+    with pytest.raises(LoopMismatchError, match='pool "ledger" is bound to a different event loop'):
+        await asyncio.to_thread(Client().get, "/accounts/1")
