@@ -1,0 +1,185 @@
+"""The MCP example, which has the pool by the generic lifespan."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from mcp import Client, StdioServerParameters
+from mcp.server.mcpserver import Context, MCPServer
+
+from examples import ledger
+from examples.mcp import app
+from poolkeeper import PoolManager
+from poolkeeper.adapters.generic import KEY, lifespan
+
+from .conformance import all_text, until
+from .servers import ROOT, SERVERS, SESSIONS, Load, Served
+
+HEADERS = {"accept": "application/json, text/event-stream"}
+
+
+class McpLoad(Load):
+    """Clients that call tools; what they are told is counted as HTTP says it."""
+
+    async def call(self, tool: str, **arguments: int) -> tuple[int, Any]:
+        call = {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "tools/call",
+            "params": {"name": tool, "arguments": arguments},
+        }
+        answer = await self._http.post("/mcp", json=call, headers=HEADERS)
+        status, result = answer.status_code, None
+        if status == 200:
+            result = answer.json()["result"]
+            if result["isError"]:
+                (content,) = result["content"]
+                status = 404 if "there is no account" in content["text"] else 409
+                assert status == 404 or " has " in content["text"], content
+            elif tool == "transfer":
+                status = 201
+        self.answers[status] += 1
+        return status, result
+
+    async def get(self, path: str) -> object:
+        account = int(path.rpartition("/")[2])
+        _, result = await self.call("balance", account=account)
+        return {"id": account, "balance": result["structuredContent"]["result"]}
+
+    async def transfer(self, source: int, target: int, amount: int) -> int:
+        status, _ = await self.call("transfer", source=source, target=target, amount=amount)
+        return status
+
+
+class TestMcpServed(Served):
+    example = "mcp"
+    servers = {name: SERVERS[name] for name in ("uvicorn", "uvicorn-2-workers")}  # noqa: RUF012
+
+    def load(self, url: str) -> Load:
+        return McpLoad(url)
+
+    @pytest.mark.parametrize("mode", ["auto", "legacy"])
+    async def test_a_client_of_either_protocol_calls_the_tools(
+        self, mode: Any, server_name: str, database: str, tmp_path: Path
+    ) -> None:
+        async with self.running(server_name, database, tmp_path / "log") as server:
+            await server.ready()
+            for _ in range(2):
+                async with Client(f"{server.url}/mcp", mode=mode) as client:
+                    await client.call_tool("transfer", {"source": 1, "target": 2, "amount": 10})
+                    answer = await client.call_tool("balance", {"account": 1})
+            assert answer.structured_content == {"result": ledger.BALANCE - 20}
+            server.process.terminate()
+            await server.ended()
+
+
+@pytest.fixture(autouse=True)
+def database_url(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", database)
+
+
+async def test_over_standard_input_the_pool_lives_as_long_as_the_client(database: str) -> None:
+    command = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "examples.mcp.app"],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": database},
+    )
+    async with Client(command) as client:
+        answer = await client.call_tool("balance", {"account": 1})
+        assert answer.structured_content == {"result": ledger.BALANCE}
+        assert sessions(database) == 1
+    await until(lambda: sessions(database) == 0)
+
+
+async def test_over_standard_input_a_wrong_role_ends_it_with_the_reason(database: str) -> None:
+    wrong = psycopg.conninfo.make_conninfo(database, user="nobody_there")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "examples.mcp.app",
+        cwd=ROOT, env={**os.environ, "DATABASE_URL": wrong},
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ping"}).encode() + b"\n")
+    process.stdin.close()
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode
+    assert 'role "nobody_there" does not exist' in said.decode()
+
+
+def sessions(dsn: str) -> int:
+    with psycopg.connect(dsn) as conn:
+        (row,) = conn.execute(
+            "select count(*)::int from pg_stat_activity"
+            " where datname = current_database() and application_name = %s",
+            (SESSIONS,),
+        )
+    return int(row[0])
+
+
+async def test_clients_that_overlap_share_the_pool_and_the_last_one_closes_it() -> None:
+    """In memory and over SSE, each session of a client runs the server's lifespan."""
+    first_is_here, second_is_here, first_is_gone = (asyncio.Event() for _ in range(3))
+
+    async def first() -> None:
+        async with Client(app.server) as client:
+            await client.call_tool("balance", {"account": 1})
+            first_is_here.set()
+            await second_is_here.wait()
+        first_is_gone.set()
+
+    async def second() -> None:
+        await first_is_here.wait()
+        async with Client(app.server) as client:
+            await client.call_tool("balance", {"account": 1})
+            second_is_here.set()
+            await first_is_gone.wait()
+            answer = await client.call_tool("balance", {"account": 1})
+            assert answer.structured_content == {"result": ledger.BALANCE}
+
+    await asyncio.gather(first(), second())
+    assert app.db.state == "closed"
+
+
+async def test_a_wrong_role_fails_the_client_in_memory(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = psycopg.conninfo.make_conninfo(database, user="nobody_there")
+    monkeypatch.setenv("DATABASE_URL", wrong)
+    with pytest.raises(BaseException) as failed:
+        async with Client(app.server):
+            pass
+    assert 'role "nobody_there" does not exist' in all_text(failed.value)
+    assert app.db.state == "closed"
+
+
+async def test_a_tool_that_is_not_async_is_told_why_it_has_no_pool(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MCP runs it in a thread; its client is not told the reason, the log is."""
+    db = PoolManager(database, min_size=1, name="orders")
+    server = MCPServer("orders", lifespan=lifespan(db))
+
+    @server.tool()
+    def count(context: Context) -> int:
+        pool: PoolManager = context.request_context.lifespan_context[KEY]
+        running = pool.fetchval("select 1")
+        running.send(None)
+        return 1
+
+    with caplog.at_level(logging.ERROR):
+        async with Client(server) as client:
+            answer = await client.call_tool("count", {})
+    assert answer.is_error
+    reason = all_text(caplog.records[-1].exc_info[1])  # type: ignore[index, arg-type]
+    assert 'pool "orders" was used outside of its event loop' in reason
+    assert "Await it from a coroutine on the loop that opened the pool" in reason
