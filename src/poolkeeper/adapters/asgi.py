@@ -83,8 +83,9 @@ class LifespanMiddleware:
         open_on_first_request: For servers that know no lifespan, such as daphne, and for an
             application that is mounted in another: start when the first request comes, the
             one for *readyz* included. What hinders the start then fails requests, and each tries
-            again. Shutdown comes when the event loop ends its tasks; with daphne, which does not,
-            nothing closes the pool but the end of the process.
+            again. Shutdown comes when the event loop cancels its tasks, as ``asyncio.run()`` does
+            in the end; where the process ends without, as under daphne, that is what closes
+            the connections.
 
     .. versionadded:: 0.1.0
     """
