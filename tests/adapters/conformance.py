@@ -24,7 +24,7 @@ from psycopg import AsyncConnection
 
 from poolkeeper import LoopMismatchError, OpenError, PoolManager, ReleasedConnectionError
 
-ADAPTERS = ("falcon", "fastapi", "sanic", "starlette")
+ADAPTERS = ("aiohttp", "asgi", "falcon", "fastapi", "quart", "sanic", "starlette")
 """Every framework with a module in ``poolkeeper.adapters``."""
 
 
