@@ -66,7 +66,7 @@ async def pieces(dsn: str) -> list[tuple[str, float]]:
     pool: Any = db.pool
     frame = sys._getframe()
     found = [("the whole block", await entered(db.connection))]
-    conn = pool.take(frame, frame.f_code, 1, True)
+    conn = pool.take(frame, 1, True)
     nothing: Any = Nothing(conn)
     found.append(
         (

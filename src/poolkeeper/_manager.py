@@ -24,7 +24,7 @@ from typing_extensions import TypeVar
 
 from . import _conninfo, _facts, _health
 from ._pool import BoundPool, CheckoutContext, State
-from ._where import code_behind
+from ._where import Behalf, code_behind
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
 
 ACT_co = TypeVar(
@@ -396,7 +396,8 @@ class PoolManager(Generic[ACT_co]):
             return CheckoutContext(self._pool, timeout, caller)
         if not callable(caller):
             raise _bad("caller", caller, "a frame, a function or None")
-        return CheckoutContext(self._pool, timeout, frame, code=code_behind(caller))
+        code = code_behind(caller)
+        return CheckoutContext(self._pool, timeout, Behalf(code, frame) if code else frame)
 
     def transaction(
         self,

@@ -53,7 +53,7 @@ from ._connection import (
 from ._conninfo import normalise, parse
 from ._health import Question
 from ._recovery import Connector
-from ._where import Place, site
+from ._where import Behalf, Place, site
 from .errors import (
     AcquireTimeout,
     ClosedError,
@@ -615,12 +615,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._getconn(timeout, frame, frame.f_lineno)
 
     async def _getconn(self, timeout: float | None, frame: FrameType, lineno: int) -> ACT:
-        conn: Any = self.take(frame, frame.f_code, lineno, False)
+        conn: Any = self.take(frame, lineno, False)
         if conn is None:
-            conn = await self.wait_for_connection(timeout, frame, frame.f_code, lineno, False)
+            conn = await self.wait_for_connection(timeout, frame, lineno, False)
         return cast(ACT, conn)
 
-    def take(self, frame: FrameType, code: CodeType, lineno: int, structured: bool) -> Any:
+    def take(self, frame: FrameType | Behalf, lineno: int, structured: bool) -> Any:
         """
         Acquire a connection that is free, sound and needs no check; None if that takes waiting.
 
@@ -628,8 +628,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
         Args:
             frame: Where it is asked for.
-            code: Whose checkout it is: the frame's own, or what it is asked for on behalf of.
-            lineno: At which line of that.
+            lineno: At which line of it.
             structured: True if a block of the calling task's own will give it back.
 
         Raises:
@@ -652,40 +651,35 @@ class BoundPool(AsyncConnectionPool[ACT]):
             session.heard_at = now
         idle.popleft()
         _compat.note_idle_low(self, len(idle))
-        return self._check_out(conn, session, frame, code, lineno, structured, now)
+        return self._check_out(conn, session, frame, lineno, structured, now)
 
     def _check_out(
         self,
         conn: Any,
         session: Session,
-        frame: FrameType,
-        code: CodeType,
+        frame: FrameType | Behalf,
         lineno: int,
         structured: bool,
         now: float,
     ) -> Any:
         task: Any = current_task()
-        checkout = Checkout(session, task, code, lineno, structured, now)
+        checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
         session.checkout = conn._checkout = checkout
         conn._pool = self
         if self._leak_threshold is None:
             self._held.add(checkout)
         else:
-            self._ledger.begins(checkout, frame)
+            self._ledger.begins(checkout, frame.f_back if isinstance(frame, Behalf) else frame)
         return conn
 
     async def wait_for_connection(
-        self,
-        timeout: float | None,
-        frame: FrameType,
-        code: CodeType,
-        lineno: int,
-        structured: bool,
+        self, timeout: float | None, frame: FrameType | Behalf, lineno: int, structured: bool
     ) -> Any:
         """Acquire a connection when `take()` had none."""
         if timeout is None:
             timeout = self.timeout
         deadline = monotonic() + timeout
+        code = frame.f_code
         pause = 0.0
         while True:
             if self._state is not _OPEN:
@@ -703,7 +697,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             if fresh or session.is_quiet() or await self._answers(conn):
                 session.heard_at = now
                 if self._user_check is None or await self._passes(self._user_check, conn):
-                    return self._check_out(conn, session, frame, code, lineno, structured, now)
+                    return self._check_out(conn, session, frame, lineno, structured, now)
                 if monotonic() >= deadline:
                     raise self._acquire_timeout(timeout)
                 if session.pgconn.status != BAD:
@@ -1477,28 +1471,23 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
     Args:
         pool: Where to acquire.
         timeout: Seconds to wait; None for the pool's own.
-        frame: Where it was asked for.
+        frame: Where it was asked for, or on whose behalf.
         enclosed: True if it is certain that the task that enters leaves it as well.
-        code: On whose behalf, if that is not the frame's own code.
     """
 
-    __slots__ = ("_code", "_conn", "_enclosed", "_frame", "_lineno", "_pool", "_timeout")
+    __slots__ = ("_conn", "_enclosed", "_frame", "_lineno", "_pool", "_timeout")
 
     def __init__(
         self,
         pool: BoundPool[ACT],
         timeout: float | None,
-        frame: FrameType,
+        frame: FrameType | Behalf,
         enclosed: bool = False,
-        code: CodeType | None = None,
     ) -> None:
         self._pool = pool
         self._timeout = timeout
-        self._frame: FrameType | None = frame
-        if code is None:
-            self._code, self._lineno = frame.f_code, frame.f_lineno
-        else:
-            self._code, self._lineno = code, code.co_firstlineno
+        self._frame: FrameType | Behalf | None = frame
+        self._lineno = frame.f_lineno
         self._enclosed = enclosed
 
     @override
@@ -1510,11 +1499,9 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         if not structured:
             entering = sys._getframe(1)
             structured = entering is frame or not _by_exit_stack(entering)
-        conn = pool.take(frame, self._code, self._lineno, structured)
+        conn = pool.take(frame, self._lineno, structured)
         if conn is None:
-            conn = await pool.wait_for_connection(
-                self._timeout, frame, self._code, self._lineno, structured
-            )
+            conn = await pool.wait_for_connection(self._timeout, frame, self._lineno, structured)
         self._conn: Any = conn
         return conn  # type: ignore[no-any-return]
 

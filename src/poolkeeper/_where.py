@@ -108,6 +108,18 @@ def call_site() -> str:
     return site(innermost.f_code, innermost.f_lineno)
 
 
+class Behalf:
+    """Code that something is done for without being called: stands where a frame of it would."""
+
+    __slots__ = ("f_back", "f_code", "f_lineno")
+
+    def __init__(self, code: CodeType, frame: FrameType) -> None:
+        self.f_code = code
+        self.f_lineno = code.co_firstlineno
+        self.f_back = frame
+        """Who does it."""
+
+
 _MOST_WRAPPERS = 50  # some go round in circles
 
 
