@@ -10,12 +10,11 @@ from typing import Any
 import falcon
 import falcon.asgi
 import httpx
-import psycopg
 import pytest
 from falcon.asgi import Request, Response, WebSocket
-from falcon.testing import ASGIConductor, TestClient
+from falcon.testing import ASGIConductor, TestClient, create_asgi_req
 
-from poolkeeper import PoolManager
+from poolkeeper import NotOpenError, PoolManager
 from poolkeeper.adapters.falcon import (
     PoolMiddleware,
     connection_from,
@@ -26,6 +25,8 @@ from poolkeeper.adapters.falcon import (
 
 from .conformance import Conformance, Framework, Probe, client, until
 from .servers import Served
+
+HERE = "tests/adapters/test_falcon.py"
 
 
 class Value:
@@ -130,6 +131,183 @@ class OnFalcon(Framework):
 class TestFalcon(Conformance):
     framework = OnFalcon()
     wraps_start_up_errors = True
+
+    def test_each_call_of_the_test_client_opens_and_closes_the_pool(
+        self, probe: Probe, db: PoolManager[Any]
+    ) -> None:
+        client = TestClient(self.framework.build(probe))
+        for _ in range(3):
+            assert client.simulate_get("/value").text == "(1,)"
+            assert db.state == "closed"
+        assert probe.events == ["startup: 1", "shutdown: 1"] * 3
+
+    def test_a_start_that_failed_in_the_test_client_is_no_hindrance_for_the_next(
+        self, probe: Probe, db: PoolManager[Any]
+    ) -> None:
+        client = TestClient(self.framework.build(probe))
+        probe.fail_in_startup = True
+        with pytest.raises(RuntimeError, match="a hook of the application failed"):
+            client.simulate_get("/value")
+        probe.fail_in_startup = False
+        assert client.simulate_get("/value").text == "(1,)"
+        assert db.state == "closed"
+
+    async def test_a_lifespan_that_is_cancelled_does_not_leave_the_pool_open(
+        self, probe: Probe, db: PoolManager[Any]
+    ) -> None:
+        """ASGIConductor does that since Falcon 4.4, when the test inside of it has failed."""
+        app = self.framework.build(probe)
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}}
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        events.put_nowait({"type": "lifespan.startup"})
+        lifespan = asyncio.create_task(app(scope, events.get, answers.put))
+        assert (await answers.get())["type"] == "lifespan.startup.complete"
+        assert db.state == "open"
+        lifespan.cancel()
+        await until(lambda: db.state == "closed")
+        assert probe.events == ["startup: 1"]
+
+    async def test_a_component_that_fails_to_stop_does_not_leave_the_pool_open(
+        self, db: PoolManager[Any]
+    ) -> None:
+        class Bad:
+            async def process_shutdown(self, scope: Any, event: Any) -> None:
+                raise ZeroDivisionError("a component failed to stop")
+
+        app = falcon.asgi.App(middleware=[PoolMiddleware(db), Bad()])
+        with pytest.raises(RuntimeError, match="a component failed to stop"):
+            async with ASGIConductor(app):
+                assert db.state == "open"
+        await until(lambda: db.state == "closed")
+
+    async def test_without_start_up_the_error_says_what_to_do(self, db: PoolManager[Any]) -> None:
+        seen: list[BaseException] = []
+
+        class Root:
+            async def on_get(self, req: Request, resp: Response) -> None:
+                with pytest.raises(NotOpenError) as info:
+                    connection_from(req)
+                seen.append(info.value)
+
+        app = falcon.asgi.App(middleware=[PoolMiddleware(db)])
+        app.add_route("/", Root())
+        async with client(app) as http:
+            assert (await http.get("/")).status_code == 200
+        assert str(seen[0]) == (
+            "there is no pool in this application: its start-up has not run\n"
+            "DETAIL:  The pool is opened by the application's start-up, which keeps it under"
+            ' "poolkeeper"; nothing is there.\n'
+            "HINT:  Give the application middleware=[PoolMiddleware(manager)], before all others."
+            ' In tests use falcon.testing, as TestClient(app) or "async with ASGIConductor(app) as'
+            ' conductor"; httpx.ASGITransport runs no lifespan, so enter an ASGIConductor around'
+            " it. Some servers (daphne) know none."
+            " See https://poolkeeper.readthedocs.io/errors#no-startup"
+        )
+
+    async def test_without_the_middleware_the_error_is_the_same(self) -> None:
+        with pytest.raises(NotOpenError, match="Give the application middleware="):
+            pool_from(create_asgi_req())
+
+    async def test_two_pools_live_side_by_side(self, dsn: str, db: PoolManager[Any]) -> None:
+        other = PoolManager(dsn, min_size=1, max_size=1, name="reports")
+
+        class Root:
+            async def on_get(self, req: Request, resp: Response) -> None:
+                async with connection_from(req), connection_from(req, "reports"):
+                    resp.media = [pool_from(req).name, pool_from(req, "reports").name]
+
+        components = [PoolMiddleware(db), PoolMiddleware(other, key="reports")]
+        app = falcon.asgi.App(middleware=components)
+        app.add_route("/", Root())
+        async with ASGIConductor(app) as conductor:
+            assert (await conductor.simulate_get("/")).json == ["orders", "reports"]
+        assert (db.state, other.state) == ("closed", "closed")
+
+    async def test_a_websocket_holds_no_connection_while_it_is_idle(
+        self, db: PoolManager[Any]
+    ) -> None:
+        class Echo:
+            async def on_websocket(self, req: Request, ws: WebSocket) -> None:
+                await ws.accept()
+                while True:
+                    try:
+                        number = int(await ws.receive_text())
+                    except falcon.WebSocketDisconnected:
+                        return
+                    async with connection_from(req) as conn:
+                        row = await (await conn.execute("select %s::int", (number,))).fetchone()
+                    await ws.send_text(str(row))
+
+        app = falcon.asgi.App(middleware=[PoolMiddleware(db)])
+        app.add_route("/ws", Echo())
+        async with ASGIConductor(app) as conductor, conductor.simulate_ws("/ws") as ws:
+            for number in range(3):
+                await ws.send_text(str(number))
+                assert await ws.receive_text() == f"({number},)"
+                assert db.snapshot().in_use == 0
+
+    @pytest.fixture
+    def single(self, store: str) -> PoolManager[Any]:
+        return PoolManager(store, min_size=1, max_size=1, name="orders")
+
+    async def test_a_websocket_that_keeps_its_connection_is_named(
+        self, single: PoolManager[Any]
+    ) -> None:
+        class Keep:
+            async def on_websocket(self, req: Request, ws: WebSocket) -> None:
+                await ws.accept()
+                async with connection_from(req) as conn:
+                    while True:
+                        await conn.execute("select %s", (await ws.receive_text(),))
+
+        app = falcon.asgi.App(middleware=[PoolMiddleware(single)])
+        app.add_route("/ws", Keep())
+        line = Keep.on_websocket.__code__.co_firstlineno + 2
+        async with ASGIConductor(app) as conductor, conductor.simulate_ws("/ws") as ws:
+            await ws.send_text("one")
+            await until(lambda: single.diagnose().cause == "held-but-hardly-used")
+            assert f"{HERE}:{line}" in str(single.diagnose())
+
+    async def test_a_stream_that_keeps_its_connection_is_named(
+        self, single: PoolManager[Any]
+    ) -> None:
+        end = asyncio.Event()
+
+        async def body(pool: PoolManager[Any]) -> AsyncIterator[bytes]:
+            async with pool.connection() as conn:
+                yield str(await (await conn.execute("select 1")).fetchone()).encode()
+                await end.wait()  # a client that reads slowly
+
+        class Root:
+            async def on_get(self, req: Request, resp: Response) -> None:
+                resp.stream = body(pool_from(req))
+
+        app = falcon.asgi.App(middleware=[PoolMiddleware(single)])
+        app.add_route("/", Root())
+        async with ASGIConductor(app) as conductor:
+            reading = asyncio.create_task(conductor.simulate_get("/"))
+            await until(lambda: single.diagnose().cause == "held-but-hardly-used")
+            assert f"{HERE}:{body.__code__.co_firstlineno + 1}" in str(single.diagnose())
+            end.set()
+            assert (await reading).text == "(1,)"
+
+    async def test_another_task_of_a_request_gets_a_connection_of_its_own(
+        self, db: PoolManager[Any]
+    ) -> None:
+        class Root:
+            async def on_get(self, req: Request, resp: Response) -> None:
+                async def other() -> Any:
+                    async with connection_from(req) as conn:
+                        return conn
+
+                async with connection_from(req) as mine:
+                    resp.media = await asyncio.create_task(other()) is not mine
+
+        app = falcon.asgi.App(middleware=[PoolMiddleware(db)])
+        app.add_route("/", Root())
+        async with ASGIConductor(app) as conductor:
+            assert (await conductor.simulate_get("/")).json is True
 
 
 class TestFalconServed(Served):

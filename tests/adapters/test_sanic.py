@@ -6,18 +6,19 @@ import asyncio
 import itertools
 import socket
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
-import psycopg
 import pytest
-from sanic import Request, Sanic, text
+from asgi_lifespan import LifespanManager
+from sanic import Blueprint, Request, Sanic, json, text
 from sanic.exceptions import SanicException
 from sanic.response import ResponseStream
+from websockets.asyncio.client import connect
 
-from poolkeeper import PoolManager
+from poolkeeper import NotOpenError, PoolManager
 from poolkeeper.adapters.sanic import connection_from, livez, pool_from, readyz, setup
 
 from .conformance import Conformance, Framework, Probe, client, until
@@ -27,7 +28,16 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "websockets.legacy is deprecated", DeprecationWarning)
     from sanic_testing.reusable import ReusableClient
 
+HERE = "tests/adapters/test_sanic.py"
+CALL = Sanic.__call__
+
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what ``asgi_client`` does to the class, whoever has used it: no more lifespan."""
+    monkeypatch.setattr(Sanic, "__call__", CALL)
 
 
 def new_app() -> Sanic[Any, Any]:
@@ -193,9 +203,332 @@ class TestSanicASGI(Conformance):
     wraps_start_up_errors = True  # ASGI knows messages only
 
 
+@pytest.fixture
+def db(dsn: str) -> PoolManager[Any]:
+    return PoolManager(dsn, min_size=1, max_size=1, name="orders", timeout=5, open_timeout=5)
+
+
+EVENTS = (
+    "before_server_start",
+    "after_server_start",
+    "before_server_stop",
+    "after_server_stop",
+)
+
+
+class TestListeners:
+    """Every listener has the pool, and none that fails keeps it open."""
+
+    @pytest.fixture
+    def said(self) -> list[str]:
+        return []
+
+    @pytest.fixture
+    def listen(self, db: PoolManager[Any], said: list[str]) -> Callable[..., None]:
+        """A function that registers a listener for every event, some of which fail."""
+
+        def add(app: Any, name: str, failing: str = "", priority: int = 0) -> None:
+            def one(event: str) -> None:
+                async def listener(app: Any) -> None:
+                    said.append(f"{event} {name}: {await db.fetchval('select 1')}")
+                    if event == failing:
+                        raise ZeroDivisionError(f"{event} failed")
+
+                app.listener(listener, event, priority=priority)
+
+            for event in EVENTS:
+                one(event)
+
+        return add
+
+    async def test_all_have_the_pool_wherever_they_are_registered(
+        self, db: PoolManager[Any], listen: Callable[..., None], said: list[str]
+    ) -> None:
+        app = new_app()
+        app.add_route(livez, "/livez")
+        listen(app, "early")
+        listen(app, "early and first", priority=1000)
+        setup(app, db)
+        listen(app, "late and last", priority=-1000)
+        blueprint = Blueprint("shop")
+        listen(blueprint, "blueprint")
+        app.blueprint(blueprint)
+        async with OnSanic().served(app):
+            assert db.state == "open"
+        assert db.state == "closed"
+        names = ["early and first", "early", "blueprint", "late and last"]
+        assert said == [
+            *(f"before_server_start {name}: 1" for name in names),
+            *(f"after_server_start {name}: 1" for name in names),
+            *(f"before_server_stop {name}: 1" for name in reversed(names)),
+            *(f"after_server_stop {name}: 1" for name in reversed(names)),
+        ]
+
+    @pytest.mark.parametrize("failing", EVENTS)
+    @pytest.mark.parametrize("framework", [OnSanic(), OnSanicASGI()], ids=["own", "asgi"])
+    async def test_one_that_fails_does_not_leave_the_pool_open(
+        self,
+        framework: OnSanic,
+        db: PoolManager[Any],
+        listen: Callable[..., None],
+        said: list[str],
+        failing: str,
+    ) -> None:
+        app = new_app()
+        app.add_route(livez, "/livez")
+        setup(app, db)
+        listen(app, "one", failing)
+        with pytest.raises((ZeroDivisionError, RuntimeError), match=f"{failing} failed"):
+            async with framework.served(app):
+                pass
+        assert db.state == "closed"
+        assert said[-1] == f"{failing} one: 1"
+        assert len(said) == len(set(said))
+
+    async def test_who_waits_for_the_event_is_told_once(self, db: PoolManager[Any]) -> None:
+        app = new_app()
+        app.add_route(livez, "/livez")
+        setup(app, db)
+        told: list[dict[str, Any]] = []
+        waiting: list[asyncio.Task[None]] = []
+
+        async def wait() -> None:
+            told.append(await app.event("server.init.after"))
+
+        @app.before_server_start
+        async def begin(app: Any) -> None:
+            waiting.append(asyncio.create_task(wait()))
+            await asyncio.sleep(0)  # it waits from now on
+
+        async with OnSanic().served(app):
+            await asyncio.wait_for(waiting[0], 10)
+        assert [context["app"] for context in told] == [app]
+
+    async def test_a_task_of_the_application_has_the_pool(self, db: PoolManager[Any]) -> None:
+        app = new_app()
+        app.add_route(livez, "/livez")
+        seen: list[Any] = []
+
+        async def work(app: Any) -> None:
+            seen.append(await db.fetchval("select 1"))
+
+        app.add_task(work)
+        setup(app, db)
+        async with OnSanic().served(app):
+            await until(lambda: seen == [1])
+
+    async def test_two_pools_live_side_by_side(self, db: PoolManager[Any], database: str) -> None:
+        other = PoolManager(database, min_size=1, max_size=1, name="reports")
+        app = new_app()
+
+        @app.get("/")
+        async def root(request: Request) -> Any:
+            async with connection_from(request), connection_from(request, "reports"):
+                return json([pool_from(request).name, pool_from(request, "reports").name])
+
+        @app.before_server_start
+        async def up(app: Any) -> None:
+            said.append(f"up: {db.state} {other.state}")
+
+        @app.after_server_stop
+        async def down(app: Any) -> None:
+            said.append(f"down: {db.state} {other.state}")
+
+        said: list[str] = []
+        setup(app, db)
+        setup(app, other, key="reports")
+        async with OnSanic().served(app) as http:
+            assert (await http.get("/")).json() == ["orders", "reports"]
+        assert (db.state, other.state) == ("closed", "closed")
+        assert said == ["up: open open", "down: open open"]
+
+
+class TestClients:
+    """The clients of sanic-testing."""
+
+    @pytest.fixture
+    def app(self, db: PoolManager[Any]) -> Any:
+        app = new_app()
+        # SanicTestClient has a listener that takes the loop. Sanic sets this filter itself.
+        app.config.DEPRECATION_FILTER = "ignore"
+        setup(app, db)
+
+        @app.get("/")
+        async def root(request: Request) -> Any:
+            async with connection_from(request) as conn:
+                return text(str(await (await conn.execute("select 1")).fetchone()))
+
+        return app
+
+    def test_each_request_of_the_test_client_opens_and_closes_the_pool(
+        self, app: Any, db: PoolManager[Any]
+    ) -> None:
+        for _ in range(3):
+            _, answer = app.test_client.get("/")
+            assert answer.text == "(1,)"
+            assert db.state == "closed"
+
+    def test_a_start_that_failed_in_the_test_client_is_no_hindrance_for_the_next(
+        self, app: Any, db: PoolManager[Any]
+    ) -> None:
+        """Its loop is left as it was, neither running nor closed."""
+        failing = [True]
+
+        @app.before_server_start
+        async def fail(app: Any) -> None:
+            if failing.pop():
+                raise ZeroDivisionError("a listener failed")
+
+        with pytest.raises(ZeroDivisionError):
+            app.test_client.get("/")
+        assert db.state == "closed"
+        failing.append(False)
+        _, answer = app.test_client.get("/")
+        assert answer.text == "(1,)"
+
+    def test_the_reusable_client_opens_the_pool_once(self, app: Any, db: PoolManager[Any]) -> None:
+        for _ in range(2):
+            with asyncio.Runner() as runner, socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+                listener.close()
+                with ReusableClient(app, loop=runner.get_loop(), port=port) as reusable:
+                    for _ in range(2):
+                        _, answer = reusable.get("/")
+                        assert answer.text == "(1,)"
+                        assert db.state == "open"
+            assert db.state == "closed"
+
+    async def test_each_request_of_the_asgi_client_opens_and_closes_the_pool(
+        self, app: Any, db: PoolManager[Any]
+    ) -> None:
+        for _ in range(3):
+            _, answer = await app.asgi_client.get("/")
+            assert answer.text == "(1,)"
+            assert db.state == "closed"
+
+    async def test_a_pool_that_the_test_has_opened_stays_open(
+        self, app: Any, db: PoolManager[Any]
+    ) -> None:
+        async with db:
+            for _ in range(2):
+                _, answer = await app.asgi_client.get("/")
+                assert answer.text == "(1,)"
+                assert db.state == "open"
+
+    async def test_without_listeners_the_error_says_what_to_do(
+        self, app: Any, db: PoolManager[Any]
+    ) -> None:
+        """The WebSocket of the ASGI client runs none."""
+        seen: list[BaseException] = []
+
+        @app.websocket("/ws")
+        async def ws(request: Request, ws: Any) -> None:
+            with pytest.raises(NotOpenError) as info:
+                connection_from(request)
+            seen.append(info.value)
+
+        await app.asgi_client.websocket("/ws")
+        assert str(seen[0]) == (
+            "there is no pool in this application: its start-up has not run\n"
+            "DETAIL:  The pool is opened by the application's start-up, which keeps it under"
+            ' "poolkeeper"; nothing is there.\n'
+            "HINT:  Give the application a pool with setup(app, manager), and let its listeners"
+            " run: Sanic's own server does, so do app.test_client, ReusableClient and"
+            " app.asgi_client's requests. asgi_client.websocket() and httpx.ASGITransport run"
+            " none, so wrap the application in asgi_lifespan.LifespanManager. Some ASGI servers"
+            " (daphne) know no lifespan. See https://poolkeeper.readthedocs.io/errors#no-startup"
+        )
+
+    async def test_the_lifespan_manager_opens_the_pool(
+        self, app: Any, db: PoolManager[Any]
+    ) -> None:
+        async with LifespanManager(app, 20, 20), client(app) as http:
+            assert (await http.get("/")).text == "(1,)"
+        assert db.state == "closed"
+
+
+class TestConnections:
+    """WebSockets and streams."""
+
+    async def test_an_idle_websocket_holds_no_connection(self, db: PoolManager[Any]) -> None:
+        app = new_app()
+        setup(app, db)
+
+        @app.websocket("/ws")
+        async def echo(request: Request, ws: Any) -> None:
+            async for message in ws:
+                async with connection_from(request) as conn:
+                    cursor = await conn.execute("select %s::int", (int(message),))
+                    row = await cursor.fetchone()
+                await ws.send(str(row))
+
+        async with OnSanic().served(app) as http, connect(to_ws(http)) as ws:
+            for number in range(3):
+                await ws.send(str(number))
+                assert await ws.recv() == f"({number},)"
+                assert db.snapshot().in_use == 0
+
+    async def test_a_websocket_that_keeps_its_connection_is_named(
+        self, db: PoolManager[Any]
+    ) -> None:
+        app = new_app()
+        setup(app, db)
+
+        @app.websocket("/ws")
+        async def keep(request: Request, ws: Any) -> None:
+            async with connection_from(request) as conn:
+                async for message in ws:
+                    await conn.execute("select %s", (message,))
+
+        async with OnSanic().served(app) as http, connect(to_ws(http)) as ws:
+            await ws.send("one")
+            await until(lambda: db.diagnose().cause == "held-but-hardly-used")
+            assert f"{HERE}:{keep.__code__.co_firstlineno + 2}" in str(db.diagnose())
+
+    async def test_a_stream_that_keeps_its_connection_is_named(self, db: PoolManager[Any]) -> None:
+        app = new_app()
+        setup(app, db)
+        end = asyncio.Event()
+
+        @app.get("/")
+        async def keep(request: Request) -> None:
+            async with connection_from(request) as conn:
+                row = await (await conn.execute("select 1")).fetchone()
+                response = await request.respond(content_type="text/plain")
+                await response.send(str(row))  # and not committed by now
+                await end.wait()  # a client that reads slowly
+
+        async with OnSanic().served(app) as http, http.stream("GET", "/") as answer:
+            await until(lambda: db.diagnose().cause == "held-but-hardly-used")
+            assert f"{HERE}:{keep.__code__.co_firstlineno + 2}" in str(db.diagnose())
+            end.set()
+            assert await answer.aread() == b"(1,)"
+
+    async def test_another_task_of_a_request_gets_a_connection_of_its_own(self, dsn: str) -> None:
+        db = PoolManager(dsn, min_size=1, max_size=2, name="orders")
+        app = new_app()
+        setup(app, db)
+
+        @app.get("/")
+        async def root(request: Request) -> Any:
+            async def other() -> Any:
+                async with connection_from(request) as conn:
+                    return conn
+
+            async with connection_from(request) as mine:
+                return json(await asyncio.create_task(other()) is not mine)
+
+        async with OnSanic().served(app) as http:
+            assert (await http.get("/")).json() is True
+
+
+def to_ws(http: httpx.AsyncClient) -> str:
+    return str(http.base_url.copy_with(scheme="ws", path="/ws"))
+
+
 class TestSanicServed(Served):
     example = "sanic"
-    servers: dict[str, Command] = {
+    servers: ClassVar[dict[str, Command]] = {
         "sanic": lambda app, port: [
             "-m", "sanic", app, f"--port={port}", "--single-process", "--no-motd",
         ],
@@ -204,3 +537,8 @@ class TestSanicServed(Served):
         ],
         **SERVERS,
     }  # fmt: skip
+
+    @pytest.fixture(autouse=True)
+    def columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sanic folds tracebacks to the width of the terminal."""
+        monkeypatch.setenv("COLUMNS", "300")

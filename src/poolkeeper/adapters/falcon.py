@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 from psycopg import AsyncConnection
@@ -73,13 +73,12 @@ class PoolMiddleware:
         self._keeper = asyncio.create_task(self._keep(lifespan), name="poolkeeper-falcon")
 
     async def _keep(self, lifespan: asyncio.Task[Any]) -> None:
-        # Falcon tells nobody when a later component fails to start or to stop, and its
-        # ASGIConductor does not stop the application when a test has failed.
-        try:
+        # Falcon tells nobody when a later component fails to start or to stop, or when the
+        # lifespan is cancelled: ASGIConductor does that to one whose test has failed.
+        with suppress(asyncio.CancelledError):
             await asyncio.wait({lifespan})
-        finally:
-            self._keeper = None
-            await self._span.stop()
+        self._keeper = None
+        await self._span.stop()
 
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Close the pool."""
