@@ -37,9 +37,10 @@ async def transfer(request: Request) -> HTTPResponse:
 
 @app.get("/transfers")
 async def transfers(request: Request) -> None:
-    response = await request.respond(content_type="text/plain")
     # The pool, not a connection: a client may read slowly.
-    async for line in ledger.statement(pool_from(request)):
+    lines = ledger.statement(pool_from(request))
+    response = await request.respond(content_type="text/plain")
+    async for line in lines:
         await response.send(line)
     await response.eof()
 
