@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from asgi_lifespan import LifespanManager
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.exceptions import FastAPIError
 from fastapi.requests import HTTPConnection
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
@@ -299,6 +300,18 @@ def test_with_the_scope_of_ours_it_is_not(app: FastAPI, items: Callable[[], list
     with TestClient(app, raise_server_exceptions=False) as http:
         assert http.post("/twice?text=a").status_code == 500
     assert items() == []
+
+
+def test_what_outlives_the_connection_cannot_depend_on_it(app: FastAPI) -> None:
+    """FastAPI says so when the endpoint is added."""
+
+    async def audit(conn: DepConnection) -> AsyncIterator[None]:
+        yield
+
+    with pytest.raises(FastAPIError, match='dependency "audit" has a scope of "request"'):
+
+        @app.get("/audited", dependencies=[Depends(audit)])
+        async def audited() -> None: ...
 
 
 async def test_with_the_default_scope_a_stream_holds_the_connection_and_is_named(
@@ -641,12 +654,17 @@ def test_all_ways_to_ask_give_one_connection(app: FastAPI, db: PoolManager[Any])
         assert db.snapshot().in_use == 0
 
 
+def test_the_health_endpoints_are_not_in_the_schema(app: FastAPI) -> None:
+    app.add_route("/livez", livez)
+    assert app.openapi()["paths"].keys() == {"/value"}
+    assert TestClient(app).get("/livez").json() == {"status": "alive"}
+
+
 def test_the_pool_is_no_parameter_of_the_url(app: FastAPI) -> None:
     @app.get("/pool")
     async def pool(pool: DepPool) -> str:
         return pool.name
 
-    (operation,) = (app.openapi()["paths"][path]["get"] for path in ["/pool"])
-    assert "parameters" not in operation
+    assert "parameters" not in app.openapi()["paths"]["/pool"]["get"]
     with TestClient(app) as http:
         assert http.get("/pool?key=other").json() == "orders"

@@ -10,15 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
+from asgi_lifespan import LifespanManager
 from mcp import Client, StdioServerParameters
 from mcp.server.mcpserver import Context, MCPServer
+from mcp_types import ElicitResult
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.routing import Mount, Route
 
 from examples import ledger
 from examples.mcp import app
 from poolkeeper import PoolManager
 from poolkeeper.adapters.generic import KEY, lifespan
+from poolkeeper.adapters.starlette import readyz
 
 from .conformance import all_text, until
 from .servers import ROOT, SERVERS, SESSIONS, Load, Served
@@ -183,3 +190,63 @@ async def test_a_tool_that_is_not_async_is_told_why_it_has_no_pool(
     reason = all_text(caplog.records[-1].exc_info[1])  # type: ignore[index, arg-type]
     assert 'pool "orders" was used outside of its event loop' in reason
     assert "Await it from a coroutine on the loop that opened the pool" in reason
+
+
+async def test_a_tool_that_asks_the_user_inside_of_the_block_is_named_by_the_diagnosis(
+    database: str,
+) -> None:
+    db = PoolManager(database, min_size=1, max_size=1, name="orders")
+    server = MCPServer("orders", lifespan=lifespan(db))
+
+    @server.tool()
+    async def order(context: Context) -> str:
+        async with db.connection() as conn:
+            await conn.execute("select 1")
+            answer = await context.elicit("Are you sure?", Sure)  # wrong: a person takes long
+        return answer.action
+
+    line = order.__code__.co_firstlineno + 2
+    asked = asyncio.Event()
+    answered = asyncio.Event()
+
+    async def person(context: Any, params: Any) -> ElicitResult:
+        asked.set()
+        await answered.wait()
+        return ElicitResult(action="decline")
+
+    async with Client(server, mode="legacy", elicitation_callback=person) as client:
+        calling = asyncio.create_task(client.call_tool("order", {}))
+        await asked.wait()
+        await until(lambda: db.diagnose().cause == "held-but-hardly-used")
+        assert f"acquired at tests/adapters/test_mcp.py:{line}." in db.diagnose().detail
+        answered.set()
+        assert (await calling).structured_content == {"result": "decline"}
+
+
+class Sure(BaseModel):
+    sure: bool
+
+
+async def test_mounted_in_another_application_it_has_the_pool_of_that_one(database: str) -> None:
+    """The outer application has to run the session manager, as its own lifespan is not run."""
+    db = PoolManager(database, min_size=1, name="orders")
+    server = MCPServer("orders", lifespan=lifespan(db))
+
+    @server.tool()
+    async def state(context: Context) -> str:
+        pool: PoolManager = context.request_context.lifespan_context[KEY]
+        return f"{pool.state}, {await pool.fetchval('select 1')}"
+
+    inner = server.streamable_http_app(json_response=True, stateless_http=True)
+    outer = Starlette(
+        routes=[Route("/readyz", readyz), Mount("/", inner)],
+        lifespan=lifespan(db, lambda _: server.session_manager.run()),
+    )
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "state"}}
+    async with LifespanManager(outer) as running:
+        transport = httpx.ASGITransport(running.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as http:
+            assert (await http.get("/readyz")).status_code == 200
+            answer = await http.post("/mcp", json=call, headers=HEADERS)
+        assert answer.json()["result"]["structuredContent"] == {"result": "open, 1"}, answer.text
+    assert db.state == "closed"

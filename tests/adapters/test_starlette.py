@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio.from_thread
 import httpx
 import psycopg
 import pytest
@@ -342,6 +343,22 @@ def test_an_endpoint_that_is_a_class(db: PoolManager[Any]) -> None:
 
     with TestClient(application(db, Route("/class", Value))) as http:
         assert http.get("/class").text == "(1,)"
+
+
+def test_an_endpoint_in_a_thread_asks_the_loop_of_the_application(db: PoolManager[Any]) -> None:
+    def thread(request: Request) -> Response:
+        with pytest.raises(LoopMismatchError, match="AnyIO worker thread"):
+            asyncio.run(again(request))
+        return PlainTextResponse(
+            str(anyio.from_thread.run(pool_from(request).fetchval, "select 1"))
+        )
+
+    async def again(request: Request) -> None:
+        async with connection_from(request):
+            pass
+
+    with TestClient(application(db, Route("/thread", thread))) as http:
+        assert http.get("/thread").text == "1"
 
 
 def test_what_runs_after_the_response_takes_a_connection_of_its_own(db: PoolManager[Any]) -> None:
