@@ -24,7 +24,17 @@ from psycopg import AsyncConnection
 
 from poolkeeper import LoopMismatchError, OpenError, PoolManager, ReleasedConnectionError
 
-ADAPTERS = ("aiohttp", "asgi", "falcon", "fastapi", "quart", "sanic", "starlette")
+ADAPTERS = (
+    "aiohttp",
+    "asgi",
+    "blacksheep",
+    "falcon",
+    "fastapi",
+    "litestar",
+    "quart",
+    "sanic",
+    "starlette",
+)
 """Every framework with a module in ``poolkeeper.adapters``."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from litestar import (
     post,
     websocket,
     websocket_listener,
+    websocket_stream,
 )
 from litestar.config.app import AppConfig
 from litestar.di import NamedDependency, Provide
@@ -45,7 +46,7 @@ from poolkeeper.adapters.litestar import (
 )
 
 from .conformance import Conformance, Framework, Probe, all_text, client, until
-from .servers import Served
+from .servers import SERVERS, Served
 
 HERE = "tests/adapters/test_litestar.py"
 AnyRequest = Request[Any, Any, Any]
@@ -132,6 +133,11 @@ class TestLitestar(Conformance):
 
 class TestLitestarServed(Served):
     example = "litestar"
+    servers = SERVERS | {
+        "litestar-run": lambda app, port: [
+            "-m", "litestar", f"--app={app}", "run", f"--port={port}",
+        ],
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -432,7 +438,7 @@ class TestWebSockets:
                     assert socket.receive_text() == f"{text} 1"
             assert seen == [0, 0]
 
-    @pytest.mark.parametrize("kind", ["handler", "listener"])
+    @pytest.mark.parametrize("kind", ["handler", "listener", "stream"])
     def test_a_connection_that_a_socket_holds_is_named_by_its_line(
         self, db: PoolManager[Any], kind: str
     ) -> None:
@@ -443,9 +449,16 @@ class TestWebSockets:
         async def listen(data: str, db_connection: DepConnection) -> None:
             pass
 
-        wrong = chat if kind == "handler" else listen
-        route = websocket("/") if kind == "handler" else websocket_listener("/")
-        app = Litestar([route(wrong)], plugins=[PoolPlugin(db)])
+        async def stream(db_connection: DepConnection) -> AsyncGenerator[str]:
+            yield "a"
+            await asyncio.sleep(5)
+
+        wrong, route = {
+            "handler": (chat, websocket),
+            "listener": (listen, websocket_listener),
+            "stream": (stream, websocket_stream),
+        }[kind]
+        app = Litestar([route("/")(wrong)], plugins=[PoolPlugin(db)])
         with TestClient(app) as http, http.websocket_connect("/") as socket:
             time.sleep(1.1)
             diagnosis = db.diagnose()

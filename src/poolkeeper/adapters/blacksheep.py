@@ -127,8 +127,6 @@ def use_pool(app: Application, manager: PoolManager[Any], *, key: str = KEY) -> 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             base: Any = super()
             if scope["type"] == "websocket":
-                if not self.started:
-                    await self.start()
                 keep(scope)
             await base.__call__(scope, receive, send)
 
