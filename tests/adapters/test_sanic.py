@@ -537,8 +537,3 @@ class TestSanicServed(Served):
         ],
         **SERVERS,
     }  # fmt: skip
-
-    @pytest.fixture(autouse=True)
-    def columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Sanic folds tracebacks to the width of the terminal."""
-        monkeypatch.setenv("COLUMNS", "300")
