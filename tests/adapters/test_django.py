@@ -158,7 +158,7 @@ class ConflictMiddleware:
 
 
 class OnDjango(Framework):
-    name = "asgi"
+    name = "django"
 
     def build(self, probe: Probe) -> Any:
         @asynccontextmanager
