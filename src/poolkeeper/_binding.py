@@ -36,18 +36,19 @@ class LoopBinding:
     pool: weakref.ref[object] | None
     """The pool, which a forked child must not finalise."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, site: str | None = None) -> None:
         """
         Bind to the running loop and to this process.
 
         Args:
             name: Name of the pool, for messages.
+            site: ``file:line`` to name as the place of it; that of the caller if None.
 
         Raises:
             LoopMismatchError: If no loop is running, or one that psycopg cannot use.
         """
         self.name = name
-        self.opened = Place.here()
+        self.opened = Place.here(site)
         self._forked = False
         self.pool = None
         loop = running_loop()

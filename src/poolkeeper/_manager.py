@@ -259,7 +259,9 @@ class PoolManager(Generic[ACT_co]):
 
     # --- open and close -------------------------------------------------------------------
 
-    async def open(self, *, wait: bool = True, timeout: float | None = None) -> None:
+    async def open(
+        self, *, wait: bool = True, timeout: float | None = None, caller: str | None = None
+    ) -> None:
         """
         Open the pool and bind it to the running event loop and this process.
 
@@ -272,6 +274,8 @@ class PoolManager(Generic[ACT_co]):
         Args:
             wait: Return at once instead, and let the connections be made meanwhile.
             timeout: Seconds to wait for them, `open_timeout` if None.
+            caller: ``file:line`` that messages name as the place where the pool was opened, for
+                code that opens it on somebody's behalf; the caller's own if None.
 
         Raises:
             LoopMismatchError: If the pool is open on another loop, or no loop is running, or
@@ -283,7 +287,7 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         seconds = self._open_timeout if timeout is None else timeout
-        await self._pool.open(wait=wait, timeout=seconds)
+        await self._pool.open(wait=wait, timeout=seconds, caller=caller)
         try:
             self._warn_of_duplicate()
         except DuplicatePoolWarning:  # an error, where warnings are

@@ -330,7 +330,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
     # --- opening --------------------------------------------------------------------------
 
     @override
-    async def open(self, wait: bool = False, timeout: float = 30.0) -> None:
+    async def open(
+        self, wait: bool = False, timeout: float = 30.0, *, caller: str | None = None
+    ) -> None:
         """
         Open the pool and bind it to the running event loop.
 
@@ -340,6 +342,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         Args:
             wait: Return when `min_size` connections work, instead of at once.
             timeout: Seconds to wait for them.
+            caller: As for `PoolManager.open()`.
 
         Raises:
             LoopMismatchError: If it is open on another loop, which is not closed.
@@ -348,7 +351,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         while self._state is State.CLOSING and self._alive_here("open it"):
             await self._until_ended()
         if self._state not in (State.OPENING, State.OPEN) or not self._alive_here("open it"):
-            self._begin_life()
+            self._begin_life(caller)
             await super().open()
             _compat.make_scheduler_endable(self)
         if wait:
@@ -376,8 +379,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._binding.check(purpose)
         return True
 
-    def _begin_life(self) -> None:
-        binding = LoopBinding(self.name)  # raises where no pool can be opened
+    def _begin_life(self, caller: str | None) -> None:
+        binding = LoopBinding(self.name, caller)  # raises where no pool can be opened
         _facts.load()
         if self._state is not State.NEW:
             if self._state is not State.CLOSED:

@@ -44,15 +44,15 @@ class Place:
     pid: int
 
     @classmethod
-    def here(cls) -> Place:
-        """Describe the caller's caller's place: the innermost code that is not ours."""
+    def here(cls, site: str | None = None) -> Place:
+        """Describe the caller's caller's place: *site*, or the innermost code that is not ours."""
         task: str | None = None
         loop = running_loop()
         if loop is not None:
             current = asyncio.current_task(loop)
             task = current.get_name() if current else None
         return cls(
-            site=call_site(),
+            site=site or call_site(),
             task=task,
             loop=describe_loop(loop),
             thread=threading.current_thread().name,

@@ -212,6 +212,9 @@ class Conformance:
         assert db.state == "new"
         async with serve() as http:
             assert db.state == "open"
+            assert str(db.pool.opened).startswith(
+                f"at tests/adapters/test_{self.framework.name}.py"
+            )
             assert probe.loop is asyncio.get_running_loop()
             assert (await http.get("/value")).text == "(1,)"
         assert db.state == "closed"

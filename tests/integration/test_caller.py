@@ -14,7 +14,7 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from poolkeeper import AcquireTimeout, ConfigError, PoolManager
+from poolkeeper import AcquireTimeout, ClosedError, ConfigError, PoolManager
 
 HERE = "tests/integration/test_caller.py"
 
@@ -231,3 +231,19 @@ async def test_a_caller_that_is_none_is_refused(db: PoolManager[Any], caller: An
         db.connection(caller=caller)
     assert info.value.parameter == "caller"
     assert info.value.detail == "It takes a frame, a function or None."
+
+
+# --- open() ---------------------------------------------------------------------------------------
+
+
+async def test_who_opens_on_somebodys_behalf_says_whose_line_is_named(
+    make_manager: Any,
+) -> None:
+    db = make_manager(min_size=1)
+    await db.open(caller="app/main.py:31")
+    assert str(db.pool.opened).startswith("at app/main.py:31 in task ")
+    await db.close()
+    with pytest.raises(ClosedError, match=r"Opened at app/main\.py:31 in task "):
+        await db.fetchval("select 1")
+    await db.open()
+    assert str(db.pool.opened).startswith("at tests/integration/test_caller.py:")

@@ -26,6 +26,7 @@ from poolkeeper import (
     PoolManager,
     PoolSnapshot,
 )
+from poolkeeper._where import call_site as call_site
 from poolkeeper.errors import see
 
 KEY = "poolkeeper"
@@ -79,10 +80,16 @@ class Span:
     application holds it, is theirs to close. Of several that share one, such as the sessions of
     an MCP server, the first opens it and the last closes it. Can be entered again after it was
     left.
+
+    Args:
+        manager: The manager.
+        site: ``file:line`` of the user's, which messages name as where the pool was opened rather
+            than the framework's that happens to run the hooks; by default the line that asks.
     """
 
-    def __init__(self, manager: PoolManager[Any]) -> None:
+    def __init__(self, manager: PoolManager[Any], site: str | None = None) -> None:
         self.manager = manager
+        self._site = site or call_site()
         self._life: weakref.WeakSet[Span] | None = None
 
     async def start(self) -> None:
@@ -95,7 +102,9 @@ class Span:
             # behind, by a loop that was closed with the pool open.
             self._join(_lives.get(self.manager) or None)
         try:
-            await self.manager.open()  # raises LoopMismatchError if that is another loop's
+            await self.manager.open(
+                caller=self._site
+            )  # raises LoopMismatchError if that is another loop's
         except BaseException:
             self._join(None)
             raise
@@ -146,10 +155,11 @@ def lifespan(
 
     .. versionadded:: 0.1.0
     """
+    site = call_site()
 
     @asynccontextmanager
     async def span(app: Any) -> AsyncGenerator[State]:
-        async with Span(manager):
+        async with Span(manager, site):
             if inner is None:
                 yield {key: manager}
             else:

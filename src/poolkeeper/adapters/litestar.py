@@ -22,7 +22,17 @@ from typing_extensions import override
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready, requires
+from ._shared import (
+    KEY,
+    Answer,
+    RequestConnection,
+    Span,
+    alive,
+    call_site,
+    pool_in,
+    ready,
+    requires,
+)
 
 with requires("litestar"):
     from litestar import Litestar, Request, Response, get
@@ -94,11 +104,12 @@ class PoolPlugin(InitPlugin):
         self.key = key
         self.pool_dependency_key = pool_dependency_key
         self.connection_dependency_key = connection_dependency_key
+        self._site = call_site()
 
     @override
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Take part in the application; called by Litestar."""
-        key, manager, span = self.key, self.manager, Span(self.manager)
+        key, manager, span = self.key, self.manager, Span(self.manager, self._site)
 
         @asynccontextmanager
         async def opened(app: Litestar) -> AsyncGenerator[None]:
