@@ -237,7 +237,8 @@ class Load:
                 await self.transfer(self._random.choice(accounts), target, 1)
             except httpx.ConnectError:
                 return  # it accepts no more
-            except httpx.TransportError as ex:
+            except (httpx.TransportError, AttributeError) as ex:
+                # anyio 4.16 on uvloop raises the latter if a connection ends just when it was made.
                 self.lost.append(ex)
                 return
 
