@@ -128,30 +128,33 @@ class OnSanic(Framework):
 
     @asynccontextmanager
     async def served(self, app: Any) -> AsyncIterator[httpx.AsyncClient]:
-        async with listening(app) as (server, http):
+        async with listening(app) as (server, url):
             await server.before_start()
             await server.after_start()
-            yield http
+            async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+                yield http
             await server.before_stop()
             await server.close()
             await server.after_stop()
 
     @asynccontextmanager
     async def served_without_startup(self, app: Any) -> AsyncIterator[httpx.AsyncClient]:
-        async with listening(app) as (_, http):
+        async with (
+            listening(app) as (_, url),
+            httpx.AsyncClient(base_url=url, timeout=20) as http,
+        ):
             yield http
 
 
 @asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
+async def listening(app: Any) -> AsyncIterator[tuple[Any, str]]:
     """Serve *app* on the running loop; its listeners are the caller's to run."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     server = await app.create_server(sock=listener, return_asyncio_server=True, access_log=False)
     try:
         await server.startup()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-            yield server, http
+        yield server, f"http://127.0.0.1:{port}"
     finally:
         await server.close()
 
