@@ -383,6 +383,30 @@ async def test_a_server_that_cancels_leaves_no_pool_and_no_task(
     await until(lambda: asyncio.all_tasks() <= before)
 
 
+async def test_a_server_that_cancels_an_application_that_is_late_is_not_ignored(
+    manager: PoolManager[Any],
+) -> None:
+    """One that has said its last word, and was cancelled for it, takes its time."""
+    late = asyncio.Event()
+
+    async def case(receive: Receive, send: Send) -> None:
+        try:
+            await completes_and_asks_for_more(receive, send)
+        finally:
+            late.set()
+            await asyncio.get_running_loop().create_future()
+
+    server = Server(LifespanMiddleware(App(manager, case), manager), manager, state={})
+    await server.start()
+    stopping = asyncio.create_task(server.stop())
+    await late.wait()
+    server.task.cancel()
+    await stopping
+    assert server.task.cancelled()
+    assert server.told == [STARTED]
+    assert manager.state == "closed"
+
+
 async def test_a_pool_that_cannot_be_opened_is_told_in_one_line_and_raised(
     database: str, state: dict[str, Any] | None
 ) -> None:
@@ -735,7 +759,9 @@ async def test_the_application_inside_has_its_lifespan_then_too(
     async def whole(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await app(scope, receive, send)
-            seen.append("ended in order")
+            task = asyncio.current_task()
+            assert task is not None
+            seen.append(f"ended in order, {task.cancelling()} cancellations pending")
         else:
             assert app.states == ["open"]
             await value(scope, receive, send)
@@ -744,7 +770,7 @@ async def test_the_application_inside_has_its_lifespan_then_too(
     assert await ask(middleware) == (200, "(1,)")
     await end_stand_in()
     assert app.states == ["open", "open"]
-    assert seen == ["ended in order"]
+    assert seen == ["ended in order, 0 cancellations pending"]
     assert manager.state == "closed"
     assert not caplog.records
 
