@@ -44,14 +44,15 @@ def tests(session: nox.Session) -> None:
 def uvloop(session: nox.Session) -> None:
     """The suite on uvloop."""
     session.install("-e", ".", *group("test"))
-    run_suite(session, "--servers", "few", "--loop", "uvloop")
+    # The servers are processes with loops of their own.
+    run_suite(session, "-m", "not served", "--loop", "uvloop")
 
 
 @nox.session(python=PYTHONS, tags=["tests"])
 def debug(session: nox.Session) -> None:
     """The suite in asyncio's debug mode."""
     session.install("-e", ".", *group("test"))
-    run_suite(session, "--servers", "few", PYTHONASYNCIODEBUG="1")
+    run_suite(session, "-m", "not served", PYTHONASYNCIODEBUG="1")
 
 
 @nox.session(python=PYTHONS, tags=["tests"])
