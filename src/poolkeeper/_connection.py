@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import sys
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -48,6 +49,12 @@ BAD = pq.ConnStatus.BAD
 
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
+
+LOSES_CANCELLATION = sys.version_info < (3, 12) and hasattr(waiting, "wait_for")
+"""
+True where psycopg waits with the ``asyncio.wait_for()`` of Python 3.11, as 3.3.0 does: it drops a
+cancellation that arrives together with what it waits for (cpython issue 86296).
+"""
 
 _in_own_task: ContextVar[bool] = ContextVar("poolkeeper_in_own_task", default=False)
 
@@ -123,6 +130,8 @@ class BoundConnection(AsyncConnection[Any]):
     _session: Session
     _checkout: Checkout | None = None
     _under_way: PQGen[Any] | None = None
+    _stopping = False  # where cancellations are lost: psycopg has noticed this one
+    _dropped: asyncio.CancelledError | None = None  # and this one it has not
     _lost_work: bool  # set when it is revoked
 
     exits_like_psycopg: ClassVar[bool]
@@ -145,20 +154,24 @@ class BoundConnection(AsyncConnection[Any]):
         # Every I/O of a connection, its cursors, transactions, pipelines and copies ends here.
         if not self._binding.is_here():
             raise self._binding.mismatch("work on one of its connections")
+        self._under_way = gen
+        if LOSES_CANCELLATION:
+            self._stopping, self._dropped = False, None
+            gen = self._watched(gen)
         # The arguments go on as they came: psycopg 3.3.0 knows no "timeout" yet.
         work = super().wait(gen, *args, **kwargs)
-        self._under_way = gen
         checkout = self._checkout
         if checkout is None:  # the pool itself is at work on it
             try:
                 # A task of the pool's is not worth a long wait for the server.
-                return await _Settled(work, CANCEL_GRACE if _in_own_task.get() else None)
+                patience = CANCEL_GRACE if _in_own_task.get() else None
+                return await _Settled(work, patience, self._not_noticed)
             finally:
                 self._under_way = None
         began = checkout.busy_since = monotonic()
         pgconn = self.pgconn
         try:
-            return await _Settled(work, None)
+            return await _Settled(work, None, self._not_noticed)
         finally:
             self._under_way = None
             if checkout.session is None:
@@ -169,6 +182,24 @@ class BoundConnection(AsyncConnection[Any]):
             checkout.busy_seconds += now - began
             checkout.busy_since = 0.0
             checkout.used = True
+
+    def _not_noticed(self, cancellation: asyncio.CancelledError) -> None:
+        """Note a cancellation in spite of which the I/O goes on."""
+        if LOSES_CANCELLATION and not self._stopping:
+            self._dropped = cancellation
+
+    def _watched(self, gen: PQGen[T]) -> PQGen[T]:
+        """Run *gen*; raise in it the cancellation that psycopg has dropped, at its next step."""
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                if (dropped := self._dropped) is not None:
+                    self._dropped = None
+                    raise dropped
+                state = gen.send(ready)
+        except StopIteration as done:
+            return cast(T, done.value)
 
     def is_in_block(self) -> bool:
         """Tell whether a transaction(), a pipeline or a two-phase transaction is open."""
@@ -218,6 +249,7 @@ class BoundConnection(AsyncConnection[Any]):
         psycopg asks the server once, which forgets a request that arrives before the query does,
         and closes the connection if the query ends by an error of its own (3.3.9).
         """
+        self._stopping, self._dropped = True, None
         gen = self._under_way
         if gen is None:
             await super()._try_cancel(timeout=timeout)
@@ -594,10 +626,17 @@ class _Settled(Generic[T]):
     other task, and its outcome is the caller's.
     """
 
-    __slots__ = ("_patience", "_work")
+    __slots__ = ("_not_noticed", "_patience", "_work")
 
-    def __init__(self, work: Coroutine[Any, Any, T], patience: float | None) -> None:
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, T],
+        patience: float | None,
+        not_noticed: Callable[[asyncio.CancelledError], None],
+    ) -> None:
         self._work = work
+        self._not_noticed = not_noticed
+        """Called with a cancellation in spite of which the I/O goes on, maybe to its end."""
         self._patience = patience
         """Seconds that the rest may take from the first; None for as long as psycopg waits."""
 
@@ -611,7 +650,7 @@ class _Settled(Generic[T]):
                 try:
                     value = yield waits_for
                 except asyncio.CancelledError as cancellation:
-                    rest = _Rest(work, cancellation, task, requests)
+                    rest = _Rest(work, cancellation, task, requests, self._not_noticed)
                     break
                 except BaseException as ex:
                     waits_for = work.throw(ex)
@@ -653,7 +692,7 @@ class _Settled(Generic[T]):
 class _Rest:
     """What is left of an I/O that was cancelled in *task*, which had so many requests before."""
 
-    __slots__ = ("_requests", "_task", "_work", "cancellation", "taken_back")
+    __slots__ = ("_not_noticed", "_requests", "_task", "_work", "cancellation", "taken_back")
 
     def __init__(
         self,
@@ -661,8 +700,10 @@ class _Rest:
         cancellation: asyncio.CancelledError,
         task: asyncio.Task[Any],
         requests: int,
+        not_noticed: Callable[[asyncio.CancelledError], None],
     ) -> None:
         self._work = work
+        self._not_noticed = not_noticed
         self._task = task
         self._requests = requests
         self.cancellation = cancellation
@@ -675,6 +716,8 @@ class _Rest:
                 waits_for = self._work.throw(self.cancellation)
             finally:
                 self.taken_back = self._task.cancelling() <= self._requests
+            if not self.taken_back:
+                self._not_noticed(self.cancellation)
             while True:
                 try:
                     value = yield waits_for
