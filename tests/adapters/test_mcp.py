@@ -28,7 +28,7 @@ from poolkeeper.adapters.generic import KEY, lifespan
 from poolkeeper.adapters.starlette import readyz
 
 from .conformance import all_text, until
-from .servers import ROOT, SERVERS, SESSIONS, Load, Served
+from .servers import ROOT, SESSIONS, Load, Served
 
 HEADERS = {"accept": "application/json, text/event-stream"}
 
@@ -68,16 +68,15 @@ class McpLoad(Load):
 
 class TestMcpServed(Served):
     example = "mcp"
-    servers = {name: SERVERS[name] for name in ("uvicorn", "uvicorn-2-workers")}  # noqa: RUF012
 
     def load(self, url: str) -> Load:
         return McpLoad(url)
 
     @pytest.mark.parametrize("mode", ["auto", "legacy"])
     async def test_a_client_of_either_protocol_calls_the_tools(
-        self, mode: Any, server_name: str, database: str, tmp_path: Path
+        self, mode: Any, database: str, tmp_path: Path
     ) -> None:
-        async with self.running(server_name, database, tmp_path / "log") as server:
+        async with self.running("uvicorn", database, tmp_path / "log") as server:
             await server.ready()
             for _ in range(2):
                 async with Client(f"{server.url}/mcp", mode=mode) as client:
