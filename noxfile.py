@@ -59,7 +59,7 @@ def debug(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The suite with the oldest psycopg and psycopg_pool that are supported."""
     session.install("-e", ".", *group("test"), *OLDEST)
-    run_suite(session, "--servers", "few")
+    run_suite(session, "-m", "not served")
 
 
 @nox.session(python="3.11")
