@@ -20,11 +20,11 @@ from psycopg import AsyncConnection
 from typing_extensions import override
 
 from poolkeeper import (
+    Diagnosis,
     MissingDependencyError,
     NotOpenError,
     PoolkeeperError,
     PoolManager,
-    PoolSnapshot,
 )
 from poolkeeper._where import call_site as call_site
 from poolkeeper.errors import see
@@ -296,17 +296,18 @@ async def ready(
         200 if health.ok else 503,
         status="ready" if health.ok else "not ready",
         reason=health.reason,
-        pool=_numbers(manager, health.snapshot),
+        pool=_numbers(manager.diagnose()),
     )
 
 
-def _numbers(manager: PoolManager[Any], snapshot: PoolSnapshot) -> dict[str, object]:
+def _numbers(diagnosis: Diagnosis) -> dict[str, object]:
+    snapshot = diagnosis.snapshot
     return {
-        "name": manager.name,
+        "name": snapshot.name,
         "total": snapshot.total,
         "in_use": snapshot.in_use,
         "idle": snapshot.idle,
         "max": snapshot.max,
         "waiting": snapshot.waiting,
-        "cause": manager.diagnose().cause,
+        "cause": diagnosis.cause,
     }
