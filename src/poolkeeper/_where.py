@@ -120,6 +120,41 @@ class Behalf:
         """Who does it."""
 
 
+def raised_at(error: BaseException) -> str:
+    """
+    Return ``file:line in function`` of where the program raised *error*; "" if it did not.
+
+    That is the innermost frame of the program's own code, or that of a library that is neither
+    ours nor what we stand on, where no code of the program's is in between.
+    """
+    own = library = ""
+    entry = error.__traceback__
+    while entry is not None:
+        frame = entry.tb_frame
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] not in _INTERNAL:
+            code = frame.f_code
+            place = f"{site(code, entry.tb_lineno or code.co_firstlineno)} in {code.co_name}"
+            if _is_installed(code.co_filename):
+                library = place
+            else:
+                own = place
+        entry = entry.tb_next
+    return own or library
+
+
+_STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
+
+
+def _is_installed(path: str) -> bool:
+    """Tell whether *path* is the standard library's, or that of an installed package."""
+    return (
+        path.startswith((_STANDARD_LIBRARY, "<frozen"))
+        or f"{os.sep}site-packages{os.sep}" in path
+        or f"{os.sep}dist-packages{os.sep}" in path
+    )
+
+
 _MOST_WRAPPERS = 50  # some go round in circles
 
 
