@@ -31,9 +31,9 @@ from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, Self, ca
 import psycopg
 from psycopg import AsyncConnection, generators, pq, waiting
 from psycopg._connection_base import BaseConnection
+from psycopg._cursor_base import BaseCursor
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
-from psycopg.types import TypesRegistry
 from typing_extensions import TypeVar, override
 
 from ._binding import LoopBinding
@@ -49,6 +49,8 @@ BAD = pq.ConnStatus.BAD
 
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
+
+_MAKES_CURSOR = BaseCursor.__init__.__code__
 
 LOSES_CANCELLATION = sys.version_info < (3, 12) and hasattr(waiting, "wait_for")
 """
@@ -201,6 +203,16 @@ class BoundConnection(AsyncConnection[Any]):
         except StopIteration as done:
             return cast(T, done.value)
 
+    @property
+    @override
+    def adapters(self) -> AdaptersMap:
+        adapters = self._adapters
+        if sys._getframe(1).f_code is not _MAKES_CURSOR or adapters is None:
+            adapters = super().adapters
+            if isinstance(adapters, _SharedAdapters):
+                adapters.handed_out = True
+        return adapters
+
     def is_in_block(self) -> bool:
         """Tell whether a transaction(), a pipeline or a two-phase transaction is open."""
         return bool(self._num_transactions or self._pipeline or self._tpc)
@@ -299,14 +311,15 @@ class RetiredConnection(BoundConnection):
     A handle that was given back, or whose session the pool has closed.
 
     An instance becomes one by assignment to ``__class__``. `pgconn` and `lock` are data
-    descriptors here, so they hide the attributes that the instance still has.
+    descriptors here, so they hide the attributes that the instance still has. The other
+    properties reach what belongs to the session, and so to its next borrower.
     """
 
     def refusal(self) -> PoolkeeperError:
         """Return the error that says why the handle cannot be used any more."""
         raise NotImplementedError
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *_: Any) -> NoReturn:
         raise self.refusal()
 
     def _history(self, last: str) -> str:
@@ -319,6 +332,9 @@ class RetiredConnection(BoundConnection):
 
     pgconn = property(_refuse)
     lock = property(_refuse)
+    adapters = property(_refuse)
+    prepare_threshold = property(_refuse, _refuse)
+    prepared_max = property(_refuse, _refuse)
 
     @property
     @override
@@ -472,7 +488,7 @@ class Session:
 
         Called when it joins the pool, so after ``configure``.
         """
-        conn._adapters = _WatchedAdapters(conn.adapters)
+        conn._adapters = _SharedAdapters(conn.adapters)
         self._adapters = AdaptersMap(conn._adapters)
         self._notice_handlers = conn._notice_handlers.copy()
         self._notify_handlers = conn._notify_handlers.copy()
@@ -553,7 +569,7 @@ class Session:
         backlog = old["_notifies_backlog"]
         new["_notifies_backlog"] = deque() if backlog or backlog is None else backlog
         adapters = old["_adapters"]
-        new["_adapters"] = _WatchedAdapters(self._adapters) if adapters.touched else adapters
+        new["_adapters"] = _SharedAdapters(self._adapters) if adapters.handed_out else adapters
         prepared = old["_prepared"]
         threshold, most = self._prepare
         if prepared.prepare_threshold != threshold or prepared.prepared_max != most:
@@ -733,33 +749,8 @@ async def _drive(rest: _Rest) -> Any:
     return await rest
 
 
-class _WatchedTypes(TypesRegistry):
-    """A types registry that remembers, in the map it belongs to, that it was added to."""
+class _SharedAdapters(AdaptersMap):
+    """An adapters map that the handles of a session share, as long as nobody else has it."""
 
-    def __init__(self, template: TypesRegistry, adapters: _WatchedAdapters) -> None:
-        super().__init__(template)
-        self._adapters = adapters
-
-    @override
-    def add(self, info: Any) -> None:
-        self._adapters.touched = True
-        super().add(info)
-
-
-class _WatchedAdapters(AdaptersMap):
-    """An adapters map that remembers that it was changed."""
-
-    def __init__(self, template: AdaptersMap) -> None:
-        super().__init__(template)
-        self.touched = False
-        self.types = _WatchedTypes(template.types, self)
-
-    @override
-    def register_dumper(self, cls: Any, dumper: Any) -> None:
-        self.touched = True
-        super().register_dumper(cls, dumper)
-
-    @override
-    def register_loader(self, oid: Any, loader: Any) -> None:
-        self.touched = True
-        super().register_loader(oid, loader)
+    handed_out = False
+    """True once anybody but psycopg's cursors, which copy it, was given it: he may keep it."""

@@ -13,6 +13,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
+from psycopg.types import TypeInfo
+from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager, ReleasedConnectionError
@@ -111,6 +114,27 @@ async def pgconn(conn: Any) -> Late:
 async def info(conn: Any) -> Late:
     async def late() -> None:
         _ = conn.info.transaction_status
+
+    return late
+
+
+async def adapters(conn: Any) -> Late:
+    async def late() -> None:
+        conn.adapters.register_loader("int4", TextLoader)
+
+    return late
+
+
+async def prepare_threshold(conn: Any) -> Late:
+    async def late() -> None:
+        conn.prepare_threshold = None
+
+    return late
+
+
+async def prepared_max(conn: Any) -> Late:
+    async def late() -> None:
+        conn.prepared_max = 0
 
     return late
 
@@ -224,6 +248,9 @@ SETUPS: list[Setup] = [
     new_notifies,
     pgconn,
     info,
+    adapters,
+    prepare_threshold,
+    prepared_max,
     cursor,
     cursor_executemany,
     cursor_stream,
@@ -294,6 +321,35 @@ async def test_the_session_is_the_same_where_nothing_was_left_open(one: PoolMana
     async with one.connection() as second:
         assert second.info.backend_pid == pid
         assert second is not first
+
+
+async def test_what_was_taken_from_a_handle_does_not_reach_its_next_borrower(
+    one: PoolManager[Any],
+) -> None:
+    """The adapters, their types and a cursor, which a library may keep."""
+    async with one.connection() as first:
+        kept, types, cursor = first.adapters, first.adapters.types, first.cursor()
+    async with one.connection() as second:
+        for late in (kept, cursor.adapters):
+            late.register_loader("int4", TextLoader)
+        types.add(TypeInfo("late", 900001, 900002))
+        first.add_notice_handler(print)
+        first.row_factory = dict_row
+        assert await (await second.execute("select 1")).fetchone() == (1,)
+        assert second.adapters.types.get("late") is None
+        assert not second._notice_handlers
+    async with one.connection() as third:
+        assert third.adapters.types.get("late") is None
+        assert await (await third.execute("select 1")).fetchone() == (1,)
+
+
+async def test_queries_alone_leave_the_adapters_shared(one: PoolManager[Any]) -> None:
+    """To copy them costs as much as the rest of a release."""
+    async with one.connection() as first:
+        await first.execute("select 1")
+        shared = vars(first)["_adapters"]
+    async with one.connection() as second:
+        assert vars(second)["_adapters"] is shared
 
 
 # --- beside it: what the bare pool does --------------------------------------------------------
