@@ -67,8 +67,9 @@ async def run_own(work: Callable[[], Awaitable[None]]) -> None:
     await work()
 
 
-# Parameters of a session that PostgreSQL reports when they change (search_path: since 18) and
-# that a client can change. Documented in "Asynchronous Operations", protocol chapter.
+# Parameters of a session that PostgreSQL reports when they change (search_path: since 18): those
+# that a client can change, and the two that tell a server that takes writes from one that does
+# not. Documented in "Asynchronous Operations", protocol chapter.
 REPORTED_PARAMETERS = (
     b"client_encoding",
     b"DateStyle",
@@ -80,7 +81,14 @@ REPORTED_PARAMETERS = (
     b"standard_conforming_strings",
     b"session_authorization",
     b"is_superuser",
+    b"in_hot_standby",
 )
+
+IN_HOT_STANDBY = b"in_hot_standby"
+"""Reported since PostgreSQL 14, and the server's alone to change: "on" until it is promoted."""
+
+_READ_ONLY = REPORTED_PARAMETERS.index(b"default_transaction_read_only")
+_STANDBY = REPORTED_PARAMETERS.index(IN_HOT_STANDBY)
 
 
 class Keeper(Protocol):
@@ -174,6 +182,9 @@ class BoundConnection(AsyncConnection[Any]):
         pgconn = self.pgconn
         try:
             return await _Settled(work, None, self._not_noticed)
+        except psycopg.errors.ReadOnlySqlTransaction:
+            self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
+            raise
         finally:
             self._under_way = None
             if checkout.session is None:
@@ -451,12 +462,16 @@ class Session:
 
     Attributes:
         checkout: Who holds it; None while nobody does.
+        configured: The reported parameters that ``configure`` has set.
+        in_question: True if another session was found on a server that has become another kind,
+            and this one was not looked at yet.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
     """
 
     __slots__ = (
         "__weakref__",
         "_adapters",
+        "_expected",
         "_fixed",
         "_handle",
         "_notice_handlers",
@@ -465,13 +480,18 @@ class Session:
         "_poll",
         "_prepare",
         "checkout",
+        "configured",
         "heard_at",
         "in_pool",
+        "in_question",
         "pgconn",
     )
 
     def __init__(self, conn: BoundConnection) -> None:
         self.pgconn = conn.pgconn
+        self.configured: frozenset[bytes] = frozenset()
+        self._parameters = self._reported_parameters()
+        self.accept_parameters()
         self.heard_at = 0.0
         self.checkout: Checkout | None = None
         self.in_pool = False
@@ -493,7 +513,7 @@ class Session:
         self._notice_handlers = conn._notice_handlers.copy()
         self._notify_handlers = conn._notify_handlers.copy()
         self._prepare = (conn._prepared.prepare_threshold, conn._prepared.prepared_max)
-        self._parameters = self._reported_parameters()
+        self.accept_parameters()
         self._poll = _poll_for(conn.pgconn.socket)
         # Bound once to whichever handle is current, not to each handle in turn. Through a weak
         # reference, so that a connection that is dropped is gone at once.
@@ -532,8 +552,43 @@ class Session:
 
     @property
     def parameters_unchanged(self) -> bool:
-        """True if every reported parameter is as it was. Costs no round trip."""
-        return self._reported_parameters() == self._parameters
+        """True if every reported parameter is as it was, and no doubt. Costs no round trip."""
+        return self._reported_parameters() == self._expected
+
+    def accept_parameters(self) -> bool:
+        """
+        Let the parameters be as they are now: whoever has changed them, no borrower has.
+
+        Returns:
+            True if the server is of another kind than it was.
+        """
+        was, now = self._parameters, self._reported_parameters()
+        self._parameters = now
+        self._expected: tuple[bytes | None, ...] | None = now  # None while in doubt
+        self.in_question = False
+        return was[_READ_ONLY] != now[_READ_ONLY] or was[_STANDBY] != now[_STANDBY]
+
+    @property
+    def kind(self) -> str:
+        """What kind of server this is, in the server's words; "" if it does not say."""
+        pairs = [(REPORTED_PARAMETERS[i], self._parameters[i]) for i in (_READ_ONLY, _STANDBY)]
+        return ", ".join(f"{name.decode()}={v.decode()}" for name, v in pairs if v is not None)
+
+    def doubt(self) -> None:
+        """Let the release look, whatever is reported: this may be the wrong server by now."""
+        self._expected = None
+
+    def question(self) -> None:
+        """Let it be looked at, because of another session, even if it comes back unused."""
+        self.in_question = True
+        self.doubt()
+        if self.checkout is not None:
+            self.checkout.used = True
+
+    @property
+    def in_doubt(self) -> bool:
+        """True if the release is to look, whatever is reported."""
+        return self._expected is None
 
     @staticmethod
     def forget_prepared(conn: BoundConnection) -> None:

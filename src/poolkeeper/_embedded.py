@@ -57,9 +57,7 @@ class EmbeddedServer:
                 if not _open_to_all(self._programs):
                     # Below /root, say: take a copy rather than open a directory up.
                     self._programs = _copy(self._programs, self.directory)
-            self._run(
-                "initdb", "--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync"
-            )
+            self._make_data()
         except BaseException:
             self.close()
             raise
@@ -73,6 +71,9 @@ class EmbeddedServer:
         )
         if hba is not None:
             self.set_hba(hba)
+
+    def _make_data(self) -> None:
+        self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync")
 
     def dsn(
         self, *, dbname: str = "postgres", user: str = "postgres", password: str = "", port: int = 0

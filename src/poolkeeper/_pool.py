@@ -28,12 +28,12 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, TypeAlias, cast
 
 import psycopg
-from psycopg import AsyncConnection, pq, sql
+from psycopg import AsyncConnection, pq
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
-from . import _compat, _facts, _recovery
+from . import _cleaning, _compat, _facts, _recovery
 from ._binding import LoopBinding, inherited
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
@@ -575,6 +575,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
                         f" {pq.TransactionStatus(status).name}: commit at its end, or set"
                         " autocommit"
                     )
+                await _cleaning.note_configured(conn)
         except BaseException:
             # psycopg_pool drops it, but the traceback of what we keep holds on to it.
             self._end_session(conn._session)
@@ -839,6 +840,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
             await self.check_connection(conn)
             # The pool may be closing by now, or may have been closed and opened anew.
             answers = self._state in (_OPEN, _OPENING) and not conn.closed
+            # Nobody has it, so no borrower has changed what is reported.
+            answers = answers and self._accept_parameters(conn)
         except Exception as ex:
             logger.info('a connection of pool "%s" does not answer: %s', self.name, ex)
         finally:
@@ -918,6 +921,35 @@ class BoundPool(AsyncConnectionPool[ACT]):
             if self._state in (_OPEN, _OPENING) and not conn.closed:
                 return True
         await asyncio.shield(self._start_put_back(conn, from_getconn=True))
+        return False
+
+    def _accept_parameters(self, conn: Any) -> bool:
+        """
+        Let what *conn* reports be as it should; tell whether it is still the server it was.
+
+        If that was a primary, or took writes, and is none, or does not, any more, or the other
+        way about, a new session is made in its place, by the host list or the name that may
+        lead elsewhere by now. All the others are looked at: the idle ones at once, for a server
+        reports nothing to a session that asks nothing, those in use when they come back.
+        """
+        mine: Session = conn._session
+        first = not mine.in_question
+        if not mine.accept_parameters():
+            return True
+        _compat.expire(conn)
+        if first:
+            logger.warning(
+                'pool "%s": a server has become another kind of server (%s): sessions there are'
+                " replaced",
+                self.name,
+                mine.kind,
+            )
+            for session in self._sessions:
+                session.question()
+            idle = list(self._idle)
+            self._idle.clear()
+            for other in idle:
+                self._check_idle(other)
         return False
 
     # --- suspected leaks --------------------------------------------------------------------
@@ -1128,8 +1160,16 @@ class BoundPool(AsyncConnectionPool[ACT]):
     async def _clean(self, conn: Any) -> None:
         """Undo on the server what the borrower left; psycopg_pool calls this after rollback."""
         session: Session = conn._session
-        if changed := session.changed_parameters():
-            await self._restore(conn, changed)
+        if not session.parameters_unchanged:
+            if changed := session.changed_parameters():
+                logger.info(
+                    'a connection of pool "%s" came back with other settings: %s;'
+                    " what it has set is put back",
+                    self.name,
+                    ", ".join(name.decode() for name, _ in changed),
+                )
+            await _cleaning.put_settings_back(conn)
+            self._accept_parameters(conn)
         if self._user_reset is None:
             return
         if self._user_reset != "discard":
@@ -1141,30 +1181,6 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if self._user_configure is not None:
             await self._user_configure(conn)
             session.forget_added_handlers(conn)
-
-    async def _restore(self, conn: Any, changed: list[tuple[bytes, bytes | None]]) -> None:
-        names = [name.decode() for name, _ in changed]
-        logger.info(
-            'a connection of pool "%s" came back with other settings: %s; putting them back',
-            self.name,
-            ", ".join(names),
-        )
-        identity = {"session_authorization", "is_superuser"}
-        async with _Autocommit(conn):
-            if identity.intersection(names):
-                await conn.execute("RESET SESSION AUTHORIZATION")
-                await conn.execute("RESET ROLE")
-            calls = [
-                sql.SQL("set_config({}, {}, false)").format(name, was.decode())
-                for name, (_, was) in zip(names, changed, strict=True)
-                if was is not None and name not in identity
-            ]
-            if calls:
-                await conn.execute(sql.SQL("SELECT ") + sql.SQL(", ").join(calls))
-        if left := conn._session.changed_parameters():
-            raise psycopg.OperationalError(
-                f"settings could not be put back: {', '.join(n.decode() for n, _ in left)}"
-            )
 
     # --- closing --------------------------------------------------------------------------
 

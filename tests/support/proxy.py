@@ -30,9 +30,7 @@ class FaultProxy:
 
     def __init__(self, dsn: str) -> None:
         self._target = dsn
-        parameters = conninfo_to_dict(dsn)
-        self._host = str(parameters.get("host") or "127.0.0.1")
-        self._port = int(parameters.get("port") or 5432)
+        self.lead_to(dsn)
         self.refuse = False
         self.silent = False
         self.accepted = 0
@@ -42,6 +40,12 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self.port = 0
+
+    def lead_to(self, dsn: str) -> None:
+        """Let new connections go to the server at *dsn*; those that there are stay."""
+        parameters = conninfo_to_dict(dsn)
+        self._host = str(parameters.get("host") or "127.0.0.1")
+        self._port = int(parameters.get("port") or 5432)
 
     @property
     def dsn(self) -> str:
