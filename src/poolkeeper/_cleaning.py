@@ -64,16 +64,30 @@ async def note_configured(conn: BoundConnection) -> None:
         session.configured = frozenset(n for n, _ in session.changed_parameters() if n in names)
 
 
+async def discard(conn: BoundConnection) -> None:
+    """Run DISCARD ALL."""
+    await _run(conn, [b"DISCARD ALL"])
+    conn._session.forget_prepared(conn)
+
+
+async def ask(conn: BoundConnection) -> None:
+    """Run an empty query: raise if the server does not answer."""
+    await _run(conn, [b""])
+
+
 async def _run(conn: BoundConnection, statements: list[bytes]) -> list[Any]:
     """Run *statements* outside of any transaction block, all in one round trip."""
     async with conn.lock:
         return await conn.wait(_execute(conn.pgconn, b"; ".join(statements)))
 
 
+_FINE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
+
+
 def _execute(pgconn: Any, statements: bytes) -> PQGen[list[Any]]:
     pgconn.send_query(statements)
     results: list[Any] = yield from generators.execute(pgconn)
     for result in results:
-        if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
+        if result.status not in _FINE:
             raise psycopg.errors.error_from_result(result)
     return results

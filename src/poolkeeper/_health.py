@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Protocol
 
-from . import _facts, _recovery
+from . import _cleaning, _facts, _recovery
 from ._connection import shut_down
 
 
@@ -21,11 +21,6 @@ class Pool(Protocol):
     """What a question asks of the pool."""
 
     question: Question | None
-
-    @staticmethod
-    async def check_connection(conn: Any, /) -> None:
-        """Run an empty query on *conn*, outside of a transaction."""
-        ...
 
     def out_of_service(self, purpose: str) -> str | None:
         """Return why no query can run in this state, None if one may; raise if not from here."""
@@ -139,7 +134,7 @@ class Question:
     async def _ask_beside(self) -> None:
         try:
             self._conn = await self._pool.connect_beside()
-            await self._pool.check_connection(self._conn)
+            await _cleaning.ask(self._conn)
         except Exception as ex:
             self._tell(*self._refused(ex))
         except asyncio.CancelledError:

@@ -837,7 +837,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         timer = asyncio.get_running_loop().call_later(PROBE_TIMEOUT, shut_down, conn.pgconn)
         answers = False
         try:
-            await self.check_connection(conn)
+            await _cleaning.ask(conn)
             # The pool may be closing by now, or may have been closed and opened anew.
             answers = self._state in (_OPEN, _OPENING) and not conn.closed
             # Nobody has it, so no borrower has changed what is reported.
@@ -1175,9 +1175,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if self._user_reset != "discard":
             await self._user_reset(conn)
             return
-        async with _Autocommit(conn):
-            await conn.execute("DISCARD ALL", prepare=False)
-        session.forget_prepared(conn)
+        await _cleaning.discard(conn)
         if self._user_configure is not None:
             await self._user_configure(conn)
             session.forget_added_handlers(conn)
@@ -1554,22 +1552,6 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
             cleaning = pool.release(conn, roll_back)
             if cleaning is not None:
                 await asyncio.shield(cleaning)
-
-
-class _Autocommit(AbstractAsyncContextManager[None]):
-    """Run statements of our own outside of a transaction."""
-
-    def __init__(self, conn: Any) -> None:
-        self._conn: Any = conn
-
-    async def __aenter__(self) -> None:
-        self._was = self._conn.autocommit
-        if not self._was:
-            await self._conn.set_autocommit(True)
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        if not self._was and not self._conn.closed:
-            await self._conn.set_autocommit(False)
 
 
 async def _end_query(conn: BoundConnection) -> None:

@@ -25,6 +25,7 @@ from poolkeeper import (
     OpenError,
     PoolManager,
     SelfDeadlockError,
+    _cleaning,
 )
 from poolkeeper import _pool as pool_module
 from poolkeeper._embedded import EmbeddedServer
@@ -714,7 +715,9 @@ async def test_fifty_at_once_are_one_question(make: Any, proxy: FaultProxy, hold
     await works(db)
 
 
-async def test_there_is_never_more_than_one_connection_beside_the_pool(make: Any, dsn: str) -> None:
+async def test_there_is_never_more_than_one_connection_beside_the_pool(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = 0
     most = 0
 
@@ -733,7 +736,7 @@ async def test_there_is_never_more_than_one_connection_beside_the_pool(make: Any
 
     db = await make(connection_class=Counted)
     async with exhausted(db):
-        original = db.pool.check_connection
+        original = _cleaning.ask
 
         async def asked(conn: Any) -> None:
             nonlocal there
@@ -742,7 +745,7 @@ async def test_there_is_never_more_than_one_connection_beside_the_pool(make: Any
             finally:
                 there -= 1
 
-        db.pool.check_connection = asked
+        monkeypatch.setattr(_cleaning, "ask", asked)
         there = most = 0
 
         async def ask(number: int) -> None:

@@ -568,6 +568,56 @@ async def test_set_local_needs_no_cleaning(make_manager: MakeManager) -> None:
         assert wire.round_trips() == 3  # begin, set local, commit
 
 
+class HostileCursor(psycopg.AsyncCursor[Any]):
+    """A cursor for special queries: it refuses all that are not its user's."""
+
+    async def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        if not str(query).startswith(("select ", "set ")):
+            raise ValueError(f"not a query for this cursor: {query}")
+        return await super().execute(query, *args, **kwargs)
+
+
+def hostile_row(cursor: Any) -> Any:
+    """A row factory that takes one kind of rows only."""
+    if cursor.description and [column.name for column in cursor.description] != ["mine"]:
+        raise ValueError("not a row for this factory")
+    return tuple_row(cursor)
+
+
+@pytest.mark.parametrize("reset", [None, "discard"])
+@pytest.mark.parametrize(
+    "factories",
+    [
+        {"row_factory": namedtuple_row},
+        {"row_factory": hostile_row},
+        {"cursor_factory": HostileCursor},
+        {"cursor_factory": psycopg.AsyncRawCursor},
+    ],
+    ids=lambda factories: next(iter(factories.values())).__name__,
+)
+async def test_what_the_pool_runs_does_not_meet_the_factories_of_the_user(
+    make_manager: MakeManager,
+    factories: dict[str, Any],
+    reset: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    db = await opened(make_manager, kwargs=factories, reset=reset)
+    pids: set[int] = set()
+    for _ in range(3):
+        async with borrower(db, pids) as conn:
+            await conn.execute("set time zone 'Asia/Tokyo'")
+            await conn.execute("set datestyle to german")
+        assert await db.check()
+        await db.pool.check()
+    async with borrower(db, pids) as conn:
+        cursor = await conn.execute("select current_setting('TimeZone') as mine")
+        assert (await cursor.fetchone())[0] != "Asia/Tokyo"
+    async with db.connection():
+        assert await db.check()  # on a connection beside the pool
+    assert len(pids) == 1
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
 # --- reset= ---------------------------------------------------------------------------------------
 
 
