@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 import weakref
 from asyncio import _get_running_loop
 from collections.abc import Callable
@@ -19,8 +20,37 @@ from .errors import LoopMismatchError, see
 
 _bindings: weakref.WeakSet[LoopBinding] = weakref.WeakSet()
 
+_UNDER_PYTEST = (
+    "Under pytest, set asyncio_default_fixture_loop_scope and asyncio_default_test_loop_scope to"
+    " one scope."
+)
+
+_beginning = threading.Lock()
+
 inherited: list[object] = []
 """What this process, forked, got from its parent and must neither use nor finalise."""
+
+
+def weakly(method: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that calls *method*: a timer of it does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
+
+
+def beginning() -> threading.Lock:
+    """
+    Return the lock under which a life begins, and one whose loop is gone is let go of.
+
+    Threads that open one pool at the same time shall find one owner. Held for a few synchronous
+    steps, never across an await.
+    """
+    return _beginning
 
 
 class LoopBinding:
@@ -135,8 +165,15 @@ class LoopBinding:
                 f'pool "{self.name}" is bound to an event loop that is closed',
                 detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
                 hint="Every asyncio.run() makes a new loop: open the pool in the one that uses"
-                ' it, with "async with manager:". Under pytest, give fixture and test the same'
-                f" loop scope. {see('loop-mismatch')}",
+                f' it, with "async with manager:". {_UNDER_PYTEST} {see("loop-mismatch")}',
+            )
+        if not loop.is_running():
+            # The thread that would run it may be this one: who waits for it waits for ever.
+            return LoopMismatchError(
+                f'pool "{self.name}" is bound to a different event loop',
+                detail=f"Opened {self._owner_in_words('not running')}. Used {used} to {purpose}.",
+                hint="Open the pool on the loop that uses it: the one that opened it does not run,"
+                f" so no work can be handed to it. {_UNDER_PYTEST} {see('loop-mismatch')}",
             )
         return LoopMismatchError(
             f'pool "{self.name}" is bound to a different event loop',
@@ -145,10 +182,10 @@ class LoopBinding:
             f" asyncio.run_coroutine_threadsafe(). {see('loop-mismatch')}",
         )
 
-    def _owner_in_words(self) -> str:
+    def _owner_in_words(self, loop_state: str = "") -> str:
         loop = self.loop
         closed = loop is None or loop.is_closed()
-        return self.opened.describe("closed" if closed else "")
+        return self.opened.describe("closed" if closed else loop_state)
 
     def _after_fork_in_child(self) -> None:
         self._forked = True
@@ -169,6 +206,8 @@ def _never() -> _Never:
 
 
 def _after_fork_in_child() -> None:
+    global _beginning
+    _beginning = threading.Lock()  # another thread of the parent may have held it
     for binding in list(_bindings):
         binding._after_fork_in_child()
 

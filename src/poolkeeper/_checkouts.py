@@ -12,6 +12,7 @@ import logging
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from time import monotonic
 from types import CodeType, FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from typing_extensions import override
 
 from . import _facts
 from ._where import site
+from .errors import another
 
 # --- those who wait ---------------------------------------------------------------------------
 
@@ -127,11 +129,11 @@ class Line(OrderedDict["Waiter", None]):
         return False
 
     def refuse_all(self, error: BaseException) -> None:
-        """Raise *error* in every waiter."""
+        """Raise *error* in every waiter: an object of its own in each, for it has a traceback."""
         waiters = list(self)
         self.clear()
         for waiter in waiters:
-            waiter.refuse(error)
+            waiter.refuse(another(error))
 
 
 class LineClock:
@@ -168,6 +170,7 @@ class LineClock:
         help: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
+        self._context = copy_context()  # of open(): its timer is for all who wait
         self._line = line
         self._expire = expire
         self._help = help
@@ -197,7 +200,7 @@ class LineClock:
         now = monotonic()
         self.stop()
         self._due = max(min(deadline, now + self.TICK), now + self.FINEST)
-        self._timer = self._loop.call_later(self._due - now, self._tick)
+        self._timer = self._loop.call_later(self._due - now, self._tick, context=self._context)
 
     def _tick(self) -> None:
         now = monotonic()
@@ -225,23 +228,31 @@ class LineClock:
                 self._help()
 
 
-class SlowCallbacks(logging.Handler):
-    """Remembers what asyncio's debug mode said last about a callback that took long."""
+class SlowCallbacks(logging.Filter):
+    """
+    Remembers what asyncio's debug mode said last about a callback that took long.
+
+    A filter, which lets everything pass: with a handler of its own, the logger would not go to
+    the one of last resort, and what asyncio has to say would be lost where none is configured.
+    """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.last = ""
-        logging.getLogger("asyncio").addHandler(self)
+        logging.getLogger("asyncio").addFilter(self)
 
-    def emit(self, record: logging.LogRecord) -> None:
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
         """Keep the name of the callback; called by logging."""
-        message = record.getMessage()
-        if message.startswith("Executing ") and " took " in message:
-            self.last = message.removeprefix("Executing ").rpartition(" took ")[0]
+        if record.levelno == logging.WARNING:
+            message = record.getMessage()
+            if message.startswith("Executing ") and " took " in message:
+                self.last = message.removeprefix("Executing ").rpartition(" took ")[0]
+        return True
 
     def stop(self) -> None:
         """Listen no more."""
-        logging.getLogger("asyncio").removeHandler(self)
+        logging.getLogger("asyncio").removeFilter(self)
 
 
 # --- those who hold ---------------------------------------------------------------------------

@@ -75,12 +75,15 @@ def end_life(pool: AnyPool) -> tuple[list[AnyConnection], list[asyncio.Task[None
     Synchronous, unlike ``close()``: a cancellation cannot come half-way.
     """
     connections = refuse_clients(pool)
-    tasks = [*pool._workers]
-    if pool._sched_runner:
-        tasks.append(pool._sched_runner)
+    tasks = maintenance_tasks(pool)
     pool._workers = []
     pool._sched_runner = None
     return connections, tasks
+
+
+def maintenance_tasks(pool: AnyPool) -> list[asyncio.Task[None]]:
+    """Return the tasks of *pool* itself, which hold it by weak references only."""
+    return [*pool._workers, *([pool._sched_runner] if pool._sched_runner else [])]
 
 
 def forget_task(task: asyncio.Task[None]) -> None:
@@ -90,6 +93,9 @@ def forget_task(task: asyncio.Task[None]) -> None:
 
 class _EndableEvent(AEvent):
     """An event whose waiter ends once its task was cancelled, even if that was swallowed."""
+
+    tied: list[asyncio.Task[None]]
+    """What lives as long as who waits."""
 
     @override
     async def wait_timeout(self, timeout: float) -> bool:
@@ -113,6 +119,21 @@ def _end_if_cancelled() -> None:
 def make_scheduler_endable(pool: AnyPool) -> None:
     """Let a cancellation end the scheduler of *pool*, which was made but has not run yet."""
     pool._sched._event = _EndableEvent()
+    _tie_tasks(pool)
+
+
+def _tie_tasks(pool: AnyPool) -> None:
+    """
+    Let the maintenance tasks of *pool* outlive it, so that they can be ended if it is dropped.
+
+    They hold it by weak references. The loop holds the scheduler, by the timer of its next look,
+    and that one the workers, which nothing else does: they would be destroyed with the pool.
+    """
+    tasks = maintenance_tasks(pool)
+    event: Any = pool._sched._event
+    event.tied = tasks
+    for task in tasks:
+        forget_task(task)
 
 
 # --- the stock of connections --------------------------------------------------------------
@@ -207,6 +228,7 @@ def mend(pool: AnyPool) -> None:
             task.cancel()
     pool._workers = []
     pool._start_workers()
+    _tie_tasks(pool)
 
 
 def set_owner(conn: AnyConnection, pool: AnyPool | None) -> None:

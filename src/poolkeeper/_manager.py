@@ -23,6 +23,7 @@ from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
 from . import _conninfo, _facts, _health
+from ._binding import beginning
 from ._pool import BoundPool, CheckoutContext, State
 from ._where import Behalf, code_behind
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
@@ -293,7 +294,8 @@ class PoolManager(Generic[ACT_co]):
         except DuplicatePoolWarning:  # an error, where warnings are
             await self._pool.close(0)
             raise
-        _open_managers.add(self)
+        with beginning():
+            _open_managers.add(self)
 
     async def close(self, timeout: float | None = None) -> None:
         """
@@ -342,10 +344,12 @@ class PoolManager(Generic[ACT_co]):
         )
 
     def _warn_of_duplicate(self) -> None:
-        if self._server is None or self in _open_managers:
+        with beginning():  # other threads open theirs
+            others = list(_open_managers)
+        if self._server is None or self in others:
             return
         here = self._pool.opened
-        for other in list(_open_managers):
+        for other in others:
             if (
                 other._server == self._server
                 and other._pool.state in (State.OPENING, State.OPEN)

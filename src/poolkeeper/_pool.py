@@ -20,9 +20,11 @@ from asyncio import _get_running_loop, current_task
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextvars import copy_context
 from enum import StrEnum
 from functools import partial
 from itertools import islice
+from math import modf
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, TypeAlias, cast
@@ -34,7 +36,7 @@ from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
 from . import _cleaning, _compat, _facts, _recovery
-from ._binding import LoopBinding, inherited
+from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
     CANCEL_GRACE,
@@ -61,6 +63,7 @@ from .errors import (
     OpenError,
     SelfDeadlockError,
     TooManyWaitersError,
+    another,
     see,
 )
 
@@ -100,6 +103,7 @@ class State(StrEnum):
 
 _OPEN = State.OPEN
 _OPENING = State.OPENING
+_CLOSED = State.CLOSED
 
 
 class BoundPool(AsyncConnectionPool[ACT]):
@@ -171,6 +175,17 @@ class BoundPool(AsyncConnectionPool[ACT]):
         # psycopg_pool's counters, as far as they are counted on the way: see _pour_counters().
         self._requests = self._requests_queued = 0
         self._wait_seconds = self._usage_seconds = 0.0
+        self._wait_rest = self._usage_rest = 0.0  # of a millisecond
+
+    def __del__(self) -> None:
+        # Dropped while open: its connections go with it, its tasks would wait for work for ever.
+        if vars(self).get("_binding") is None or self.inherited:
+            return
+        for task in _compat.maintenance_tasks(self):
+            # Not that of the binding: the collector has cleared its weak reference by now.
+            loop = task.get_loop()
+            with suppress(RuntimeError):  # it is closed; this may be another thread than its own
+                loop.call_soon_threadsafe(task.cancel)
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -319,11 +334,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
         for key, number in (
             (self._REQUESTS_NUM, self._requests),
             (self._REQUESTS_QUEUED, self._requests_queued),
-            (self._REQUESTS_WAIT_MS, int(self._wait_seconds * 1000)),
-            (self._USAGE_MS, int(self._usage_seconds * 1000)),
         ):
             if number:
                 _compat.count(self, key, number)
+        if self._wait_seconds:
+            whole, self._wait_rest = _milliseconds(self._wait_seconds, self._wait_rest)
+            _compat.count(self, self._REQUESTS_WAIT_MS, whole)
+        if self._usage_seconds:
+            whole, self._usage_rest = _milliseconds(self._usage_seconds, self._usage_rest)
+            _compat.count(self, self._USAGE_MS, whole)
         self._requests = self._requests_queued = 0
         self._wait_seconds = self._usage_seconds = 0.0
 
@@ -346,12 +365,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
         Raises:
             LoopMismatchError: If it is open on another loop, which is not closed.
-            OpenError: If the connections cannot be made, or not in time. The pool is closed.
+            OpenError: If the connections cannot be made, or not in time. The pool is closed,
+                unless it was open before.
         """
         while self._state is State.CLOSING and self._alive_here("open it"):
             await self._until_ended()
-        if self._state not in (State.OPENING, State.OPEN) or not self._alive_here("open it"):
-            self._begin_life(caller)
+        if self._claim_life(caller):
             await super().open()
             _compat.make_scheduler_endable(self)
         if wait:
@@ -362,11 +381,13 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @override
     async def wait(self, timeout: float = 30.0) -> None:
         """
-        Wait until `min_size` connections work. May be called by several tasks, and again.
+        Wait until there are `min_size` connections. May be called by several tasks, and again.
+
+        Those in use count: a pool that is at work is ready.
 
         Raises:
-            OpenError: If they cannot be made, or not within *timeout* seconds. The pool is
-                closed, unless another task still waits for it.
+            OpenError: If they cannot be made, or not within *timeout* seconds. A pool that did
+                not come to be open is closed, unless another task still waits for it.
         """
         self._check_usable("wait for it")
         await self._until_ready(timeout)
@@ -379,9 +400,17 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._binding.check(purpose)
         return True
 
+    def _claim_life(self, caller: str | None) -> bool:
+        """Begin a life where none goes on; one of the threads that come at once does."""
+        _facts.load()
+        with beginning():
+            begins = self._state not in (_OPENING, _OPEN) or not self._alive_here("open it")
+            if begins:
+                self._begin_life(caller)
+        return begins
+
     def _begin_life(self, caller: str | None) -> None:
         binding = LoopBinding(self.name, caller)  # raises where no pool can be opened
-        _facts.load()
         if self._state is not State.NEW:
             if self._state is not State.CLOSED:
                 self._abandon()
@@ -390,6 +419,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._forget_life()
         self._binding = binding
         loop = asyncio.get_running_loop()
+        self._context = copy_context()
         self._clock = LineClock(loop, self._line, self._time_out, self._help_growth)
         self._connector = Connector(self, loop)
         if loop.get_debug():
@@ -405,7 +435,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._state = State.OPEN
 
     async def _until_ready(self, timeout: float) -> None:
-        if self._state is State.OPEN:
+        if self._state is State.OPEN and self._has_minimum:
             self._wanted = True
             return
         life = self._binding
@@ -425,8 +455,13 @@ class BoundPool(AsyncConnectionPool[ACT]):
         failure = opener.result() if opener.done() else self._open_error(timeout)
         if failure is not None:
             await self._give_up(life, failure)
-            raise failure
+            raise another(failure)
         self._wanted = True
+
+    @property
+    def _has_minimum(self) -> bool:
+        """True if there are `min_size` connections, in whosever hands."""
+        return _compat.total(self) - self._connector.wanted >= self.min_size
 
     def _tell_openers(self, failure: BaseException | None) -> None:
         for opener in self._openers:
@@ -516,6 +551,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._close_surplus()
         if self._state is _OPENING and self._prepared >= self.min_size:
             self._state = _OPEN
+        if self._openers and self._state is _OPEN and self._has_minimum:
             self._tell_openers(None)
 
     def spare_attempts(self, wanted: int) -> int:
@@ -753,9 +789,13 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _help_growth(self) -> None:
         """Let the pool grow, and mend what somebody may have cancelled."""
-        _compat.mend(self)
+        self._mend()
         _compat.grow(self)
         self._connector.go_on()
+
+    def _mend(self) -> None:
+        """Start psycopg_pool's tasks again if somebody has cancelled them."""
+        self._context.copy().run(_compat.mend, self)
 
     def _time_out(self, waiter: Waiter) -> None:
         self._line.leave(waiter)
@@ -957,7 +997,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
     def _watch_for_leaks(self) -> None:
         assert self._leak_threshold is not None
         every = min(max(self._leak_threshold / 4, 0.01), 1.0)
-        self._leak_timer = asyncio.get_running_loop().call_later(every, self._watch_for_leaks)
+        self._leak_timer = asyncio.get_running_loop().call_later(
+            every, weakly(self._watch_for_leaks), context=self._context
+        )
         for checkout in self._ledger.overdue():
             checkout.reported = True
             logger.warning(
@@ -1143,8 +1185,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
     def start_own_task(
         self, work: Callable[[], Coroutine[Any, Any, None]], name: str = "release"
     ) -> asyncio.Task[None]:
-        """Start *work* in a task that `close()` waits for."""
-        task = asyncio.get_running_loop().create_task(run_own(work), name=f"{self.name}-{name}")
+        """
+        Start *work* in a task that `close()` waits for.
+
+        In the context of `open()`, as all tasks of the pool's own: what they call of the user's
+        (`configure`, `reset`) is to see nothing of the request that happens to be served.
+        """
+        task = self._context.copy().run(
+            asyncio.get_running_loop().create_task, run_own(work), name=f"{self.name}-{name}"
+        )
         self._returning.add(task)
         task.add_done_callback(self._returned)
         return task
@@ -1205,7 +1254,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         assert self._binding is not None
         if self._binding.dead:
             error = self._binding.mismatch("close it")
-            self._abandon()
+            self._let_go()
             raise error
         self._binding.check("close it")
         if self._state is State.CLOSING:
@@ -1367,6 +1416,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
         assert self._ended is not None
         await asyncio.shield(self._ended)
 
+    def _let_go(self) -> None:
+        """Abandon a life whose loop is dead, unless another thread has just begun a new one."""
+        with beginning():
+            if self._binding is not None and self._binding.dead and self._state is not _CLOSED:
+                self._abandon()
+
     def _abandon(self) -> None:
         """
         Let go of a life whose loop will never run again, or that is another process's.
@@ -1446,6 +1501,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         _compat.resize(self, min_size, max_size)
         self._oversized = True
         self._close_surplus()
+        if self._state is _OPEN and self._has_minimum:
+            self._tell_openers(None)
         if self._line:
             self._help_growth()
 
@@ -1474,7 +1531,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         # Not psycopg_pool's: that one swallows a cancellation, and waits for a silent server for
         # as long as psycopg does, with all idle connections out of everybody's reach.
         self._connector.go_on()
-        _compat.mend(self)
+        self._mend()
         idle = list(self._idle)
         self._idle.clear()
         if checks := [self._check_idle(conn) for conn in idle]:
@@ -1606,6 +1663,12 @@ def _at_work(session: Session) -> bool:
     """Tell whether a task is at work on the socket of *session*, so that the loop watches it."""
     handle = session.handle
     return handle is not None and session.pgconn.status != BAD and handle.at_work
+
+
+def _milliseconds(seconds: float, rest: float) -> tuple[int, float]:
+    """Return the whole milliseconds in *seconds* and the *rest* of before, and what is left."""
+    rest, whole = modf(seconds * 1000 + rest)
+    return int(whole), rest
 
 
 def _tasks_wait(number: int) -> str:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from contextvars import copy_context
 from time import monotonic
 from typing import Protocol, cast
 
 import psycopg
 
+from ._binding import weakly
 from ._connection import run_own
 from .errors import PoolkeeperError
 
@@ -189,6 +191,7 @@ class Connector:
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
         self._loop = loop
+        self._context = copy_context()  # of open(): see BoundPool.start_own_task()
         self._wanted = 0
         """Connections to make; there may be more attempts than that, some beside others."""
         self._attempts: dict[asyncio.Task[None], float] = {}
@@ -270,7 +273,9 @@ class Connector:
         return list(self._attempts)
 
     def _start(self) -> None:
-        task = self._loop.create_task(run_own(self._attempt), name=f"{self._pool.name}-connect")
+        task = self._context.copy().run(
+            self._loop.create_task, run_own(self._attempt), name=f"{self._pool.name}-connect"
+        )
         self._attempts[task] = monotonic()
         task.add_done_callback(self._attempted)
 
@@ -340,7 +345,7 @@ class Connector:
         delay = self.PROBE_EVERY
         if self.last_error is not None and is_permanent(self.last_error):
             delay = self.PROBE_EVERY_IF_PERMANENT
-        self._timer = self._loop.call_later(delay, self._probe)
+        self._timer = self._loop.call_later(delay, weakly(self._probe), context=self._context)
 
     def _probe(self) -> None:
         self._timer = None

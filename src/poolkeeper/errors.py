@@ -8,7 +8,8 @@ existing code already catches for the same trouble.
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import Any, TypeVar
 
 import psycopg
 import psycopg_pool
@@ -30,6 +31,8 @@ __all__ = [
     "TooManyWaitersError",
     "UnclosedManagerWarning",
 ]
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 _DOCS = "https://poolkeeper.readthedocs.io/errors"
 
@@ -68,6 +71,13 @@ class PoolkeeperError(Exception):
         if self.hint:
             lines.append(f"HINT:  {self.hint}")
         return "\n".join(lines)
+
+
+def another(error: _Error) -> _Error:
+    """Return one like *error* for one more task: who raises it writes a traceback into it."""
+    other = copy(error)
+    other.__cause__ = error.__cause__
+    return other
 
 
 class ConfigError(PoolkeeperError, ValueError):

@@ -51,7 +51,8 @@ def masked(text: str) -> str:
     for pattern, word in (
         (rf"{re.escape(HERE)}:\d+|<string>:\d+", "SITE"),
         (
-            r'in task "[^"]+" on loop \d+ \((?:asyncio|uvloop), thread "[^"]+"(, closed)?\)',
+            r'in task "[^"]+" on loop \d+ \((?:asyncio|uvloop), thread "[^"]+"'
+            r"(, closed|, not running)?\)",
             r"in TASK\1",
         ),
         (r'outside of any task \(no event loop, thread "[^"]+"\)', "OUTSIDE"),
@@ -164,10 +165,24 @@ def test_another_loop(dsn: str) -> None:
         caught.value,
         """
         pool "orders" is bound to a different event loop
-        DETAIL:  Opened at SITE in TASK. Used at SITE in TASK to acquire a connection.
-        HINT:  Open one PoolManager per event loop, or hand the work to the owner loop with asyncio.run_coroutine_threadsafe(). See DOCS#loop-mismatch
+        DETAIL:  Opened at SITE in TASK, not running. Used at SITE in TASK to acquire a connection.
+        HINT:  Open the pool on the loop that uses it: the one that opened it does not run, so no work can be handed to it. Under pytest, set asyncio_default_fixture_loop_scope and asyncio_default_test_loop_scope to one scope. See DOCS#loop-mismatch
         """,  # noqa: E501
     )
+
+    async def hand_over() -> None:
+        with pytest.raises(LoopMismatchError) as caught:
+            await asyncio.to_thread(other.run_until_complete, use())
+        assert_text(
+            caught.value,
+            """
+            pool "orders" is bound to a different event loop
+            DETAIL:  Opened at SITE in TASK. Used at SITE in TASK to acquire a connection.
+            HINT:  Open one PoolManager per event loop, or hand the work to the owner loop with asyncio.run_coroutine_threadsafe(). See DOCS#loop-mismatch
+            """,  # noqa: E501
+        )
+
+    owner.run_until_complete(hand_over())
     coroutine = use()
     with pytest.raises(LoopMismatchError) as caught:
         coroutine.send(None)
@@ -187,7 +202,7 @@ def test_another_loop(dsn: str) -> None:
         """
         pool "orders" is bound to an event loop that is closed
         DETAIL:  Opened at SITE in TASK, closed. Used at SITE in TASK to acquire a connection.
-        HINT:  Every asyncio.run() makes a new loop: open the pool in the one that uses it, with "async with manager:". Under pytest, give fixture and test the same loop scope. See DOCS#loop-mismatch
+        HINT:  Every asyncio.run() makes a new loop: open the pool in the one that uses it, with "async with manager:". Under pytest, set asyncio_default_fixture_loop_scope and asyncio_default_test_loop_scope to one scope. See DOCS#loop-mismatch
         """,  # noqa: E501
     )
     with pytest.raises(LoopMismatchError, match="bound to an event loop that is closed"):

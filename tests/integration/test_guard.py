@@ -159,11 +159,13 @@ class SameThread(Place):
     """Another loop in the thread of the owner, which rests but is not closed."""
 
     refused = 'pool "orders" is bound to a different event loop'
-    hint = "Open one PoolManager per event loop, or hand the work to the owner loop"
+    hint = "Open the pool on the loop that uses it: the one that opened it does not run"
 
 
 class OtherThread(SameThread):
     """The owner runs, in a thread of its own."""
+
+    hint = "Open one PoolManager per event loop, or hand the work to the owner loop"
 
     def __init__(self, loop_name: str) -> None:
         super().__init__(loop_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from typing import Any
 
 
@@ -32,7 +33,9 @@ class FakeLoop:
     def time(self) -> float:
         return self.now
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> FakeTimer:
+    def call_later(
+        self, delay: float, callback: Callable[[], object], *, context: Context | None = None
+    ) -> FakeTimer:
         timer = FakeTimer(self.now + delay, callback)
         self._timers.append(timer)
         return timer
