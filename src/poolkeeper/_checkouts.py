@@ -93,6 +93,8 @@ class Line(OrderedDict["Waiter", None]):
         super().__init__()
         self.tasks: set[asyncio.Task[Any] | None] = set()
         """The tasks that wait; a task waits once."""
+        self._called: set[Waiter] = set()
+        """Those who were taken out to be served, until their tasks go on."""
 
     @override
     def __iter__(self) -> Iterator[Waiter]:
@@ -104,16 +106,22 @@ class Line(OrderedDict["Waiter", None]):
         self.tasks.add(waiter.task)
 
     def popleft(self) -> Waiter:
-        """Take the one who waited longest."""
+        """Take the one who waited longest, to be served."""
         waiter = self.popitem(last=False)[0]
         self.tasks.discard(waiter.task)
+        self._called.add(waiter)
         return waiter
 
     def leave(self, waiter: Waiter) -> None:
-        """Take *waiter* out, if it is still in."""
+        """Take *waiter* out, if it is still in; what it was handed is its own from here on."""
+        self._called.discard(waiter)
         if waiter in self:
             del self[waiter]
             self.tasks.discard(waiter.task)
+
+    def handed_over(self) -> int:
+        """Return how many connections are on their way to the task that they were handed to."""
+        return sum(waiter.was_served() for waiter in list(self._called))
 
     @override
     def clear(self) -> None:

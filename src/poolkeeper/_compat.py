@@ -15,13 +15,43 @@ from collections import deque
 from typing import Any, Protocol, TypeAlias
 
 from psycopg import AsyncConnection
+from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection
-from typing_extensions import override
+from typing_extensions import TypeVar, override
 
+ACT = TypeVar("ACT", bound="AsyncConnection[Any]", default="AsyncConnection[TupleRow]")
 AnyPool: TypeAlias = "AsyncConnectionPool[Any]"
 AnyConnection: TypeAlias = "AsyncConnection[Any]"
+
+
+class TellingPool(AsyncConnectionPool[ACT]):
+    """A pool that tells which of the user's functions it calls to make a connection."""
+
+    def calls(self, doing: str, function: object = None) -> None:
+        """Note what the running attempt does from here on: "in the conninfo function"."""
+        raise NotImplementedError
+
+    @override
+    async def _resolve_conninfo(self) -> str:
+        if not callable(self.conninfo):
+            return await super()._resolve_conninfo()
+        self.calls("in the conninfo function", self.conninfo)
+        try:
+            return await super()._resolve_conninfo()
+        finally:
+            self.calls("waiting for the server")
+
+    @override
+    async def _resolve_kwargs(self) -> dict[str, Any]:
+        if not callable(self.kwargs):
+            return await super()._resolve_kwargs()
+        self.calls("in the kwargs function", self.kwargs)
+        try:
+            return await super()._resolve_kwargs()
+        finally:
+            self.calls("waiting for the server")
 
 
 class Line(Protocol):

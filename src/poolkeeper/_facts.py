@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._snapshot import Health as Health
     from ._snapshot import LoadRow as LoadRow
     from ._snapshot import PoolSnapshot as PoolSnapshot
+    from ._snapshot import StepRow as StepRow
     from ._snapshot import WaiterRow as WaiterRow
 
 NAMES = frozenset(
@@ -28,6 +29,7 @@ NAMES = frozenset(
         "Health",
         "LoadRow",
         "PoolSnapshot",
+        "StepRow",
         "WaiterRow",
         "diagnose",
     }

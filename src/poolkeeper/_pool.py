@@ -32,10 +32,10 @@ from typing import Any, Literal, TypeAlias, cast
 import psycopg
 from psycopg import AsyncConnection, pq
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
 from . import _cleaning, _compat, _facts, _recovery
+from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
@@ -106,7 +106,7 @@ _OPENING = State.OPENING
 _CLOSED = State.CLOSED
 
 
-class BoundPool(AsyncConnectionPool[ACT]):
+class BoundPool(_compat.TellingPool[ACT]):
     """
     The pool behind a `PoolManager`; a real `AsyncConnectionPool`, with every guard.
 
@@ -159,6 +159,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._ledger = Ledger(self._leak_threshold)
         self._held = self._ledger.held
+        self._between = Between()
         self._openers: set[asyncio.Future[BaseException | None]] = set()
         self._returning: set[asyncio.Task[None]] = set()
         self._prepared = 0
@@ -211,18 +212,32 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._binding.opened if self._binding else None
 
     def counts(self) -> dict[str, int]:
-        """Return total, in use, idle, max and waiting, in that order. Instantaneous."""
+        """
+        Return total, in use, idle, max and waiting, in that order. Instantaneous.
+
+        After them those of making, returning and checking that are not 0.
+        """
         in_use, idle = len(self._ledger.held), len(self._idle)
-        return {
-            "total": in_use + idle,
+        others = self._counts_between()
+        counts = {
+            "total": in_use + idle + others["returning"] + others["checking"],
             "in_use": in_use,
             "idle": idle,
             "max": self.max_size,
             "waiting": len(self._line),
         }
+        return counts | {name: number for name, number in others.items() if number}
+
+    def _counts_between(self) -> dict[str, int]:
+        """Return how many connections are being made, given back and checked."""
+        return {
+            "making": self._connector.pending if self._binding is not None else 0,
+            "returning": self._between.count("returning"),
+            "checking": self._between.count("checking") + self._line.handed_over(),
+        }
 
     def numbers(self) -> str:
-        """Return the five numbers in words."""
+        """Return the numbers of `counts()` in words."""
         return " ".join(f"{name}={value}" for name, value in self.counts().items())
 
     def checkouts(self) -> list[Checkout]:
@@ -244,17 +259,19 @@ class BoundPool(AsyncConnectionPool[ACT]):
         held = self._ledger.longest_first()
         holds = Counter(checkout.task for checkout in held)
         idle = len(self._idle)
+        others = self._counts_between()
         connector = self._connector
         error = connector.last_error
         return _facts.PoolSnapshot(
             name=self.name,
             state=self.state.value,
-            total=len(held) + idle,
+            total=len(held) + idle + others["returning"] + others["checking"],
             in_use=len(held),
             idle=idle,
             max=self.max_size,
             waiting=len(self._line),
             min=self.min_size,
+            **others,
             opened=str(self.opened),
             checkouts=tuple(
                 row
@@ -262,6 +279,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
                 if (row := self._checkout_row(checkout, holds, now, gave_up))
             ),
             waiters=tuple(_waiter_row(w, holds, now) for w in islice(self._line, 100)),
+            steps=self._between.rows(),
             connecting=connector.pending - self._configuring,
             attempts_failed=connector.failures,
             last_error=_recovery.reason(error) if error else None,
@@ -535,6 +553,14 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     async def make_connection(self) -> None:
         """Make one connection, configure it and add it to the pool; the connector calls this."""
+        # Not in a variable: a task that fails, with its own frame in the traceback, is a cycle.
+        self._between.begin(current_task(), "making", "waiting for the server")
+        try:
+            await self._make_connection()
+        finally:
+            self._between.end(current_task())
+
+    async def _make_connection(self) -> None:
         conn: Any = await _compat.connect(self)
         conn._session.settle(conn)
         if not self._connector.claim():  # another attempt, made beside this one, was faster
@@ -553,6 +579,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
             self._state = _OPEN
         if self._openers and self._state is _OPEN and self._has_minimum:
             self._tell_openers(None)
+
+    @override
+    def calls(self, doing: str, function: object = None) -> None:
+        """Note what the attempt that runs now is at."""
+        self._between.now(current_task(), doing, function)
 
     def spare_attempts(self, wanted: int) -> int:
         """Forget those of *wanted* connections that nobody needs any more; return how many."""
@@ -604,6 +635,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._connector.answered()
         try:
             if self._user_configure is not None:
+                self.calls("in the configure callback", self._user_configure)
                 await self._user_configure(conn)
                 if (status := conn.pgconn.transaction_status) != IDLE:
                     raise psycopg.ProgrammingError(
@@ -737,6 +769,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             if fresh or session.is_quiet() or await self._answers(conn):
                 session.heard_at = now
                 if self._user_check is None or await self._passes(self._user_check, conn):
+                    self._between.end(session)
                     return self._check_out(conn, session, frame, lineno, structured, now)
                 if monotonic() >= deadline:
                     raise self._acquire_timeout(timeout)
@@ -773,6 +806,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._clock.watch(waiter)
         try:
             conn = await waiter.future
+            line.leave(waiter)
         except BaseException:
             line.leave(waiter)
             if waiter.was_served():
@@ -860,6 +894,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return answers
 
     def _start_asking(self, conn: Any) -> asyncio.Future[bool]:
+        self._between.begin(conn._session, "checking", "asked whether it still works")
         verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.start_own_task(partial(self._ask, conn, verdict)).add_done_callback(
             partial(self._asked, conn, verdict)
@@ -911,6 +946,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         elif self._oversized or _compat.is_expired(self, conn, monotonic()):
             self._start_put_back(conn, from_getconn=True)
         else:
+            self._between.end(conn._session)
             self._give(conn)
 
     def ask_idle(self) -> asyncio.Future[bool] | None:
@@ -949,6 +985,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     async def _passes(self, check: ConnectionCallback, conn: Any) -> bool:
         """Tell whether *check* accepts an idle connection; take it back, if it does not."""
+        self._between.begin(conn._session, "checking", "in the check callback", check)
         try:
             await check(conn)
         except Exception as ex:
@@ -1149,6 +1186,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         """Give back a connection that may need work first."""
         if isinstance(conn, RevokedConnection):
             return  # its life is over, and another one may have begun
+        session: Session = conn._session
         pgconn = conn.pgconn
         if pgconn.pipeline_status != NO_PIPELINE:
             logger.warning(
@@ -1156,7 +1194,10 @@ class BoundPool(AsyncConnectionPool[ACT]):
             )
             pgconn.finish()
         if pgconn.transaction_status == ACTIVE:
+            self._between.now(session, "stopping a command")
             await conn.end_command()
+        if pgconn.transaction_status in (INTRANS, INERROR):
+            self._between.now(session, "in a rollback")
         if roll_back and pgconn.transaction_status in (INTRANS, INERROR):
             try:
                 await conn.rollback()
@@ -1165,11 +1206,14 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if self._oversized and self._is_surplus():
             _compat.forget_connections(self, 1)
             pgconn.finish()
-            return
-        await _compat.put_back(self, conn, from_getconn=from_getconn)
+        else:
+            await _compat.put_back(self, conn, from_getconn=from_getconn)
+        self._between.end(session)
 
     def _start_put_back(self, conn: Any, **how: bool) -> asyncio.Task[None]:
         """Give back a connection in a task of its own, which nobody's cancellation reaches."""
+        if not isinstance(conn, RevokedConnection):
+            self._between.begin(conn._session, "returning", "being put in order")
         task = self.start_own_task(partial(self._put_back, conn, **how))
         task.add_done_callback(partial(self._put_back_ended, conn))
         return task
@@ -1181,6 +1225,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         if not self.closed and not isinstance(conn, RetiredConnection):
             self._end_session(conn._session)
             _compat.replace_lost(self)
+        self._between.end(conn._session)
 
     def start_own_task(
         self, work: Callable[[], Coroutine[Any, Any, None]], name: str = "release"
@@ -1217,15 +1262,19 @@ class BoundPool(AsyncConnectionPool[ACT]):
                     self.name,
                     ", ".join(name.decode() for name, _ in changed),
                 )
+            self._between.now(session, "putting its settings back")
             await _cleaning.put_settings_back(conn)
             self._accept_parameters(conn)
         if self._user_reset is None:
             return
         if self._user_reset != "discard":
+            self._between.now(session, "in the reset callback", self._user_reset)
             await self._user_reset(conn)
             return
+        self._between.now(session, "in DISCARD ALL")
         await _cleaning.discard(conn)
         if self._user_configure is not None:
+            self._between.now(session, "in the configure callback", self._user_configure)
             await self._user_configure(conn)
             session.forget_added_handlers(conn)
 
@@ -1298,6 +1347,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
                 session.pgconn.finish()
         # Only now: who opens the pool anew must not meet what is left of this life.
         self._state = State.CLOSED
+        self._between.clear()
         ended.set_result(None)
         if late:
             logger.warning(

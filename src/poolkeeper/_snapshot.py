@@ -67,6 +67,23 @@ class WaiterRow:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRow:
+    """What is done with one connection that is neither idle nor in use. Instantaneous."""
+
+    number: str
+    """Which number counts it: ``making``, ``returning`` or ``checking``."""
+
+    doing: str
+    """What is done: "in the reset callback", "in a rollback", "waiting for the server"."""
+
+    site: str
+    """``file:line`` of the function that is called, where it is yours; empty otherwise."""
+
+    seconds: float
+    """For how long."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadRow:
     """What was asked of the pool lately. Over the last *window_seconds*."""
 
@@ -99,8 +116,9 @@ class PoolSnapshot:
     """
     A pool at one moment.
 
-    The five numbers are instantaneous. `opened` and the rows hold places and names, never a
-    connection string, a query or a parameter.
+    Each connection of the pool is in exactly one of *in_use*, *idle*, *returning* and *checking*,
+    whose sum is *total*; those that *making* counts are not there yet. `opened` and the rows hold
+    places and names, never a connection string, a query or a parameter.
 
     .. versionadded:: 0.1.0
     """
@@ -112,13 +130,27 @@ class PoolSnapshot:
     idle: int
     max: int
     waiting: int
+    """These five, like the next four, are instantaneous."""
+
     min: int = 0
+    making: int = 0
+    """Attempts to make a connection that are under way, ``configure`` included."""
+
+    returning: int = 0
+    """Connections that are being given back: rolled back, put in order, in ``reset``."""
+
+    checking: int = 0
+    """Connections that are looked at before somebody gets them, or on their way to who does."""
+
     opened: str = ""
     checkouts: tuple[CheckoutRow, ...] = ()
     """Longest held first."""
 
     waiters: tuple[WaiterRow, ...] = ()
     """First in line first; at most a hundred of them."""
+
+    steps: tuple[StepRow, ...] = ()
+    """What is done with those that are being made, given back and checked; longest first."""
 
     connecting: int = 0
     """Connection attempts that have no answer yet."""
@@ -148,10 +180,12 @@ class PoolSnapshot:
     load: LoadRow = field(default_factory=lambda: LoadRow(0.0, 0, 0, 0.0, 0.0))
 
     def numbers(self) -> str:
-        """Return the five numbers, in their order."""
+        """Return the five numbers, in their order; then those of the other three that are not 0."""
+        others = {"making": self.making, "returning": self.returning, "checking": self.checking}
         return (
             f"total={self.total} in_use={self.in_use} idle={self.idle} max={self.max}"
             f" waiting={self.waiting}"
+            + "".join(f" {name}={number}" for name, number in others.items() if number)
         )
 
 

@@ -586,7 +586,7 @@ async def test_a_server_that_is_away_is_an_answer_with_its_reason(
     assert "refused" in health.reason
     assert "\n" not in health.reason
     assert "postgresql://" not in health.reason
-    assert health.snapshot.total == 0
+    assert health.snapshot.idle == health.snapshot.in_use == 0
     failures = db.snapshot().attempts_failed
     for _ in range(20):
         assert not await db.check(PATIENT)

@@ -40,6 +40,13 @@ def test_the_five_numbers_come_in_their_order() -> None:
     assert snapshot.numbers() == "total=10 in_use=8 idle=2 max=12 waiting=14"
 
 
+def test_what_is_neither_idle_nor_in_use_is_shown_after_the_five() -> None:
+    snapshot = PoolSnapshot(
+        "orders", "open", 10, 8, 0, 12, 14, making=1, returning=0, checking=2
+    )  # fmt: skip
+    assert snapshot.numbers() == "total=10 in_use=8 idle=0 max=12 waiting=14 making=1 checking=2"
+
+
 def test_a_snapshot_is_frozen_and_travels() -> None:
     snapshot = PoolSnapshot(
         "orders", "open", 1, 1, 0, 1, 1,
