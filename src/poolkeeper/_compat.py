@@ -197,18 +197,14 @@ def replace_lost(pool: AnyPool, *, found_idle: bool = False) -> None:
     pool.run_task(AddConnection(pool))
 
 
-async def connect(pool: AnyPool) -> AnyConnection:
-    """Make one connection for *pool*, and configure it."""
-    conn: AnyConnection = await pool._connect()
-    return conn
+async def parameters(pool: AnyPool) -> tuple[str, dict[str, Any]]:
+    """Return what one connection of *pool* is to be made with."""
+    return await pool._resolve_conninfo(), await pool._resolve_kwargs()
 
 
-async def connect_beside(pool: AnyPool) -> AnyConnection:
-    """Make one connection with the parameters of *pool*, neither configured nor counted."""
-    conninfo = await pool._resolve_conninfo()
-    kwargs = await pool._resolve_kwargs()
-    conn: AnyConnection = await pool.connection_class.connect(conninfo, **kwargs)
-    return conn
+def begin_lifetime(pool: AnyPool, conn: AnyConnection) -> None:
+    """Let *conn* expire `max_lifetime` seconds from now, a little more or less."""
+    pool._set_connection_expiry_date(conn)
 
 
 async def add(pool: AnyPool, conn: AnyConnection) -> None:

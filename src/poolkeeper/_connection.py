@@ -1,8 +1,8 @@
 """
 Connections that know which pool they belong to, and for how long.
 
-`bound_class()` makes, for one life of a pool, a subclass of the user's connection class that
-checks the event loop before each I/O and tells the pool why a connection could not be made.
+`BoundClasses` makes what the user's ``connect()`` returned a connection of one life of a pool: an
+object of a subclass, made by `bound_class()`, that checks the event loop before each I/O.
 
 What a borrower holds is a *handle*: one connection object for one checkout. When it is given
 back, `Session.successor()` makes a new object of the same class over the same server session,
@@ -21,12 +21,13 @@ import socket
 import sys
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from time import monotonic
-from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, Self, cast
+from types import MemberDescriptorType
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, cast
 
 import psycopg
 from psycopg import AsyncConnection, generators, pq, waiting
@@ -38,14 +39,18 @@ from typing_extensions import TypeVar, override
 
 from ._binding import LoopBinding
 from ._checkouts import Checkout
+from ._proxies import makers, unwrapped
 from ._where import Place
-from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
+from ._words import in_words
+from .errors import ClosedError, ConfigError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
 
 IDLE = pq.TransactionStatus.IDLE
 UNKNOWN = pq.TransactionStatus.UNKNOWN
 BAD = pq.ConnStatus.BAD
+
+_new = object.__new__  # a class of the user's may want arguments
 
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
@@ -97,14 +102,6 @@ class Keeper(Protocol):
     name: str
     close_returns: bool
 
-    def connect_parameters(self, conninfo: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return *kwargs* completed for one connection attempt."""
-        ...
-
-    def session_begins(self, session: Session) -> None:
-        """Note a new server session."""
-        ...
-
     def take_back_dropped(self, conn: BoundConnection, checkout: Checkout) -> None:
         """Take a connection back that was garbage-collected while it was checked out."""
         ...
@@ -131,6 +128,7 @@ class BoundLock(asyncio.Lock):
 class BoundConnection(AsyncConnection[Any]):
     """What poolkeeper adds to a connection class. Made concrete by `bound_class()`."""
 
+    _user_class: ClassVar[type[AsyncConnection[Any]]]
     _keeper: ClassVar[weakref.ref[Any]]
     _binding: ClassVar[LoopBinding]
     _lock_class: ClassVar[type[BoundLock]]
@@ -147,17 +145,18 @@ class BoundConnection(AsyncConnection[Any]):
     exits_like_psycopg: ClassVar[bool]
     """True if the user's class leaves commit, rollback and the end of a block to psycopg."""
 
+    closes_like_psycopg: ClassVar[bool]
+    """True if the user's class leaves the end of a connection to psycopg."""
+
+    @override
+    def __init_subclass__(cls) -> None:
+        pass  # what the user's class says of its subclasses is not meant for those made here
+
     @override
     @classmethod
-    async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
-        keeper: Keeper | None = cls._keeper()
-        if keeper is None:  # the pool is gone; its last worker is about to find out
-            raise psycopg.InterfaceError("the pool of this connection class is gone")
-        conn = await super().connect(**keeper.connect_parameters(conninfo, kwargs))
-        conn.lock = cls._lock_class()
-        conn._session = Session(conn)
-        keeper.session_begins(conn._session)
-        return conn
+    async def connect(cls, *args: Any, **kwargs: Any) -> Any:
+        # What somebody makes with the class of a connection is that one's own.
+        return await cls._user_class.connect(*args, **kwargs)
 
     @override
     async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
@@ -425,7 +424,7 @@ class RevokedConnection(RetiredConnection):
 
 
 def bound_class(
-    user_class: type[AsyncConnection[Any]], keeper: Keeper, binding: LoopBinding
+    user_class: type[AsyncConnection[Any]], keeper: Keeper, binding: LoopBinding | None
 ) -> type[BoundConnection]:
     """Return a subclass of *user_class* whose connections belong to *keeper* and *binding*."""
 
@@ -434,16 +433,121 @@ def bound_class(
         return type(name, bases, {"__module__": "poolkeeper", "__qualname__": name, **namespace})
 
     bound = derive(
-        "Bound", BoundConnection, user_class, _keeper=weakref.ref(keeper), _binding=binding
+        "Bound",
+        BoundConnection,
+        user_class,
+        _user_class=user_class,
+        _keeper=weakref.ref(keeper),
+        _binding=binding,
     )
-    bound.exits_like_psycopg = all(
-        getattr(user_class, name) is getattr(AsyncConnection, name)
-        for name in ("__aexit__", "commit", "rollback")
-    )
+    bound.exits_like_psycopg = _leaves_to_psycopg(user_class, "__aexit__", "commit", "rollback")
+    bound.closes_like_psycopg = _leaves_to_psycopg(user_class, "close")
     bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
     bound._released_class = derive("Released", ReleasedConnection, bound)
     bound._revoked_class = derive("Revoked", RevokedConnection, bound)
     return cast("type[BoundConnection]", bound)
+
+
+def _leaves_to_psycopg(user_class: type[AsyncConnection[Any]], *methods: str) -> bool:
+    return all(getattr(user_class, name) is getattr(AsyncConnection, name) for name in methods)
+
+
+_OURS = frozenset(
+    name
+    for name in (*BoundConnection.__annotations__, *vars(BoundConnection))
+    if not name.startswith("__") and not hasattr(AsyncConnection, name)
+)
+"""Names of attributes that a connection must not have of its own."""
+
+
+def check_class(user_class: type[AsyncConnection[Any]]) -> None:
+    """
+    Return if connections of *user_class* can be made a pool's.
+
+    Raises:
+        TypeError: With the reason why they cannot.
+    """
+    _check_names(name for name in _OURS if hasattr(user_class, name))
+    try:
+        retired = bound_class(user_class, cast(Any, BoundConnection), None)._released_class
+        object.__new__(retired)  # of a class that has no __del__() of the user's
+    except Exception as ex:
+        raise TypeError(f"no subclass of it can be made and used: {in_words(ex)}") from ex
+
+
+def _check_names(taken: Iterable[str]) -> None:
+    if names := ", ".join(sorted(taken)):
+        raise TypeError(f"it has {names}, which poolkeeper needs for itself")
+
+
+class BoundClasses:
+    """
+    The bound classes of one life of a pool, by the class of the connections that they are for.
+
+    Connections are made by the user's class, as psycopg_pool would make them, and become the
+    pool's afterwards. So ``connect()`` may be patched, and return what it likes: a connection of
+    another class, or one in a proxy.
+    """
+
+    def __init__(self, keeper: Keeper, binding: LoopBinding) -> None:
+        self._keeper = keeper
+        self._binding = binding
+        self._by_user_class: dict[type, type[BoundConnection]] = {}
+
+    def bind(self, given: Any) -> Any:
+        """
+        Make *given*, which the user's ``connect()`` returned, a connection of the pool.
+
+        Returns:
+            What to call it by: itself, or a proxy like the one that it came in.
+
+        Raises:
+            ConfigError: If it cannot be one.
+        """
+        conn, proxies = unwrapped(given, AsyncConnection)
+        kind = type(conn)
+        try:
+            bound = self._by_user_class.get(kind)
+            if bound is None:
+                bound = self._by_user_class[kind] = self._bound(kind)
+            _check_names(_OURS.intersection(vars(conn)))
+            conn.__class__ = bound
+        except TypeError as ex:
+            if isinstance(conn, BaseConnection) and not isinstance(conn, BoundConnection):
+                conn.pgconn.finish()
+            raise ConfigError(
+                f"connect() returned a {kind.__module__}.{kind.__qualname__}, which cannot be kept"
+                f" in a pool: {ex}",
+                parameter="connection_class",
+                detail="It is connect() of the connection_class, or what has taken its place.",
+                hint=f"Let it return a psycopg.AsyncConnection of its own. {see('config')}",
+            ) from ex
+        conn.lock = bound._lock_class()
+        slots = _slots(kind)
+        if not proxies and not slots:
+            conn._session = Session(conn)
+            return conn
+        stand_in = object.__new__(bound._released_class)
+        conn._session = session = DressedSession(conn, slots, makers(proxies, conn, stand_in))
+        return session.dressed(conn)
+
+    def _bound(self, kind: type) -> type[BoundConnection]:
+        if issubclass(kind, BoundConnection):
+            raise TypeError("it is a pool's already")
+        if not issubclass(kind, AsyncConnection):
+            raise TypeError("that is no psycopg.AsyncConnection")
+        check_class(kind)
+        return bound_class(kind, self._keeper, self._binding)
+
+
+def _slots(kind: type) -> list[Any]:
+    """Return the descriptors of what an object of *kind* keeps in ``__slots__``."""
+    return [
+        attribute
+        for cls in kind.__mro__
+        for attribute in vars(cls).values()
+        if isinstance(attribute, MemberDescriptorType)
+    ]
 
 
 def retire(conn: BoundConnection) -> None:
@@ -611,9 +715,9 @@ class Session:
 
         The new one is as the first one was when it left ``configure``.
         """
-        cls = type(conn)
+        cls = conn.__class__
         old = conn.__dict__
-        fresh = cls.__new__(cls)
+        fresh = _new(cls)
         new = fresh.__dict__
         new.update(self._fixed)
         new["pgconn"] = self.pgconn
@@ -634,6 +738,49 @@ class Session:
         return fresh
 
 
+class DressedSession(Session):
+    """A session whose handles are more than their attributes: proxies around them, slots."""
+
+    __slots__ = ("_makers", "_slots", "_values")
+
+    def __init__(
+        self, conn: BoundConnection, slots: list[Any], makers: list[Callable[[Any], Any]]
+    ) -> None:
+        super().__init__(conn)
+        self._slots = slots
+        self._makers = makers
+
+    @override
+    def settle(self, conn: BoundConnection) -> None:
+        super().settle(conn)
+        handle = self.handle
+        self._values = [
+            (slot, slot.__get__(handle)) for slot in self._slots if _is_set(slot, handle)
+        ]
+
+    @override
+    def successor(self, conn: BoundConnection) -> BoundConnection:
+        fresh = super().successor(conn)
+        for slot, value in self._values:
+            slot.__set__(fresh, value)
+        return self.dressed(fresh)
+
+    def dressed(self, conn: BoundConnection) -> BoundConnection:
+        """Return *conn* in its proxies."""
+        dressed: Any = conn
+        for make in self._makers:
+            dressed = make(dressed)
+        return cast(BoundConnection, dressed)
+
+
+def _is_set(slot: Any, conn: object) -> bool:
+    try:
+        slot.__get__(conn)
+    except AttributeError:
+        return False
+    return True
+
+
 def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
     """Read all that the server sends for a command, and drop it."""
     while (result := (yield from generators.fetch(pgconn))) is not None:
@@ -648,8 +795,7 @@ def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
 
 def remains(conn: BoundConnection) -> BoundConnection:
     """Return an object that stands for the session of *conn* once that is retired, to end it."""
-    cls = type(conn)
-    last = cls.__new__(cls)
+    last = _new(conn.__class__)
     vars(last).update(vars(conn), _checkout=None, _pool=None)
     return last
 

@@ -24,6 +24,7 @@ from typing_extensions import TypeVar
 
 from . import _conninfo, _facts, _health
 from ._binding import beginning
+from ._connection import check_class
 from ._pool import BoundPool, CheckoutContext, State
 from ._where import Behalf, code_behind
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
@@ -719,6 +720,16 @@ def _connection_class(given: object) -> type[AsyncConnection[Any]]:
     user_class = AsyncConnection if given is None else get_origin(given) or given
     if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
         raise _bad("connection_class", given, "AsyncConnection or a subclass of it")
+    if user_class is not AsyncConnection:
+        try:
+            check_class(user_class)
+        except TypeError as ex:
+            raise ConfigError(
+                f"connection_class cannot be {user_class!r}",
+                parameter="connection_class",
+                detail=f"Connections of it cannot be handed out: {ex}.",
+                hint=see("config"),
+            ) from ex
     return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
 
 
@@ -755,7 +766,8 @@ def _server(
     """Check what libpq will be given as far as it is known, and return which server it means."""
     if not isinstance(conninfo, str):
         return None
-    if user_class.connect.__func__ is not AsyncConnection.connect.__func__:  # type: ignore[attr-defined]
+    subclasses = user_class.__mro__[: user_class.__mro__.index(AsyncConnection)]
+    if any("connect" in vars(cls) for cls in subclasses):
         kwargs = {}  # its own connect() may take anything
     libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
     for name in libpq:

@@ -40,12 +40,12 @@ from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
     CANCEL_GRACE,
+    BoundClasses,
     BoundConnection,
     ReleasedConnection,
     RetiredConnection,
     RevokedConnection,
     Session,
-    bound_class,
     remains,
     retire,
     revoke,
@@ -132,7 +132,6 @@ class BoundPool(_compat.TellingPool[ACT]):
         reset: ConnectionCallback | Literal["discard"] | None,
         **settings: Any,
     ) -> None:
-        self._user_class = connection_class
         self._user_configure = configure
         self._user_check = check
         self._user_reset: ConnectionCallback | Literal["discard"] | None = reset
@@ -145,7 +144,6 @@ class BoundPool(_compat.TellingPool[ACT]):
             "conninfo": conninfo,
             "kwargs": kwargs,
             "connection_class": connection_class,
-            "configure": self._prepare,
             "check": check,
             "reset": self._clean,
             **settings,
@@ -445,9 +443,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if self._leak_threshold is not None:
             self._watch_for_leaks()
         binding.pool = weakref.ref(self)
-        self.connection_class = cast(
-            "type[ACT]", bound_class(cast(Any, self._user_class), self, binding)
-        )
+        self._bound_classes = BoundClasses(self, binding)
         self._state = State.OPENING
         if self.min_size == 0:
             self._state = State.OPEN
@@ -527,21 +523,25 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     # --- making connections ----------------------------------------------------------------
 
-    def connect_parameters(self, conninfo: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the parameters of one connection attempt."""
+    async def connect_beside(self) -> Any:
+        """Make a connection that is neither configured nor counted."""
+        conninfo, kwargs = await _compat.parameters(self)
+        return await self._connect_with(conninfo, kwargs)
+
+    async def _connect_with(self, conninfo: str, kwargs: dict[str, Any]) -> Any:
         conninfo = normalise(conninfo)
         parse(conninfo)  # what a function returned: psycopg's own error may quote the password
-        parameters = {"conninfo": conninfo, **kwargs}
+        kwargs = dict(kwargs)
         if self._application_name is not None:
-            parameters["application_name"] = self._application_name
-        elif "fallback_application_name" not in kwargs:
+            kwargs["application_name"] = self._application_name
+        else:
             # libpq uses it where neither conninfo nor PGAPPNAME says otherwise.
-            parameters["fallback_application_name"] = f"poolkeeper:{self.name}"
-        return parameters
-
-    def session_begins(self, session: Session) -> None:
-        """Note a new server session."""
-        self._sessions.add(session)
+            kwargs.setdefault("fallback_application_name", f"poolkeeper:{self.name}")
+        # By the user's class, as psycopg_pool would: it and what it makes may be patched.
+        made = await self.connection_class.connect(conninfo, **kwargs)
+        conn = self._bound_classes.bind(made)
+        self._sessions.add(conn._session)
+        return conn
 
     @override
     def run_task(self, task: Any) -> None:
@@ -561,7 +561,18 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._between.end(current_task())
 
     async def _make_connection(self) -> None:
-        conn: Any = await _compat.connect(self)
+        _compat.count(self, self._CONNECTIONS_NUM)
+        conninfo, kwargs = await _compat.parameters(self)
+        began = monotonic()
+        try:
+            conn = await self._connect_with(conninfo, kwargs)
+        except Exception:
+            _compat.count(self, self._CONNECTIONS_ERRORS)
+            raise
+        _compat.count(self, self._CONNECTIONS_MS, int((monotonic() - began) * 1000))
+        _compat.set_owner(conn, self)
+        await self._prepare(conn)
+        _compat.begin_lifetime(self, conn)
         conn._session.settle(conn)
         if not self._connector.claim():  # another attempt, made beside this one, was faster
             conn.pgconn.finish()
@@ -630,7 +641,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             )
 
     async def _prepare(self, conn: Any) -> None:
-        """Configure a new connection; psycopg_pool calls this when it has made one."""
+        """Configure a new connection."""
         self._configuring += 1
         self._connector.answered()
         try:
@@ -645,7 +656,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                     )
                 await _cleaning.note_configured(conn)
         except BaseException:
-            # psycopg_pool drops it, but the traceback of what we keep holds on to it.
+            # It is dropped, but the traceback of what we keep holds on to it.
             self._end_session(conn._session)
             raise
         finally:
@@ -961,10 +972,6 @@ class BoundPool(_compat.TellingPool[ACT]):
         conn = idle.popleft()
         _compat.note_idle_low(self, len(idle))
         return self._check_idle(conn)
-
-    async def connect_beside(self) -> Any:
-        """Make a connection that is not the pool's: neither configured nor counted."""
-        return await _compat.connect_beside(self)
 
     def _replace_dead(self, dead: list[Any]) -> None:
         """Replace *dead*, which were idle, and those of the idle ones that are dead as well."""
@@ -1489,9 +1496,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         for task in tasks:
             _compat.forget_task(task)
         if self._binding.forked:
-            inherited.append(
-                (sessions, tasks, self._line, self.connection_class, vars(self).copy())
-            )
+            inherited.append((sessions, tasks, self._line, vars(self).copy()))
         else:
             for session in sessions:
                 self._revoke(session)

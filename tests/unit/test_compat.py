@@ -45,6 +45,14 @@ def a_waiter() -> Waiter:
     return Waiter(loop, 30.0, monotonic() + 30.0, frame.f_code, frame.f_lineno)
 
 
+async def make(pool: BarePool) -> AsyncConnection[Any]:
+    """Make a connection for *pool*, as `BoundPool` does."""
+    conninfo, kwargs = await _compat.parameters(pool)
+    conn: AsyncConnection[Any] = await pool.connection_class.connect(conninfo, **kwargs)
+    _compat.begin_lifetime(pool, conn)
+    return conn
+
+
 async def until(holds: Any) -> None:
     async with asyncio.timeout(10):
         while not holds():
@@ -377,33 +385,40 @@ async def test_psycopg_pool_asks_for_every_connection_through_run_task(dsn: str)
     async with Redirected(dsn, min_size=2, max_size=3, open=False) as pool:
         assert len(asked) == 2  # open()
         for _ in range(2):
-            await _compat.add(pool, await _compat.connect(pool))
+            await _compat.add(pool, await make(pool))
         await pool.resize(3, 4)
         assert len(asked) == 3
-        await _compat.add(pool, await _compat.connect(pool))
+        await _compat.add(pool, await make(pool))
         await pool.drain()
         await until(lambda: len(asked) == 6)
 
 
-async def test_a_connection_is_made_and_configured_but_not_added(dsn: str) -> None:
-    configured = []
+async def test_the_parameters_of_a_connection_may_come_from_functions(dsn: str) -> None:
+    async def conninfo() -> str:
+        return dsn
 
-    async def configure(conn: Any) -> None:
-        configured.append(conn)
+    def kwargs() -> dict[str, Any]:
+        return {"autocommit": True}
 
-    async with AsyncConnectionPool(
-        dsn, min_size=0, max_size=1, configure=configure, open=False
-    ) as p:
-        conn = await _compat.connect(p)
-        assert configured == [conn]
-        assert not p._pool
-        assert conn._expire_at > conn._created_at > 0
-        await conn.close()
+    pool: BarePool = AsyncConnectionPool(conninfo, kwargs=kwargs, open=False)
+    assert await _compat.parameters(pool) == (dsn, {"autocommit": True})
+    pool = AsyncConnectionPool(dsn, kwargs={"autocommit": True}, open=False)
+    assert await _compat.parameters(pool) == (dsn, {"autocommit": True})
+    pool = AsyncConnectionPool(open=False)
+    assert await _compat.parameters(pool) == ("", {})
+
+
+async def test_the_lifetime_of_a_connection_begins_when_it_is_told(pool: BarePool) -> None:
+    conn: Any = await AsyncConnection.connect(pool.conninfo)
+    assert not hasattr(conn, "_expire_at")
+    _compat.begin_lifetime(pool, conn)
+    assert conn._expire_at > conn._created_at > 0
+    await conn.close()
 
 
 async def test_a_connection_that_was_added_is_idle(pool: BarePool) -> None:
     pool._growing = True
-    conn = await _compat.connect(pool)
+    conn = await make(pool)
     await _compat.add(pool, conn)
     assert pool._pool[-1] is conn
     assert not pool._growing
@@ -419,7 +434,7 @@ async def test_the_growth_goes_on_while_anybody_waits(dsn: str) -> None:
         waiters = [a_waiter() for _ in range(2)]
         for waiter in waiters:
             line.append(waiter)
-        conn = await _compat.connect(pool)
+        conn = await make(pool)
         pool._nconns += 1
         await _compat.add(pool, conn)
         assert waiters[0].future.result() is conn
@@ -436,7 +451,7 @@ async def test_the_growth_goes_on_up_to_min_size(pool: BarePool) -> None:
     lost = pool._pool.popleft()
     await lost.close()
     pool._growing = True
-    await _compat.add(pool, await _compat.connect(pool))
+    await _compat.add(pool, await make(pool))
     assert _compat.total(pool) == 2
     await until(lambda: len(pool._pool) == 3)
     pool._nconns = 3  # what was added was not asked for
@@ -582,6 +597,9 @@ async def test_counters_are_those_of_get_stats(pool: BarePool) -> None:
         pool._REQUESTS_QUEUED: "requests_queued",
         pool._REQUESTS_WAIT_MS: "requests_wait_ms",
         pool._REQUESTS_ERRORS: "requests_errors",
+        pool._CONNECTIONS_NUM: "connections_num",
+        pool._CONNECTIONS_ERRORS: "connections_errors",
+        pool._CONNECTIONS_MS: "connections_ms",
         pool._USAGE_MS: "usage_ms",
         pool._RETURNS_BAD: "returns_bad",
     }

@@ -230,7 +230,7 @@ def test_every_parameter_of_psycopg_pool_is_there_with_its_default() -> None:
     other = {name for name in theirs if theirs[name].default != ours[name].default}
     # None stands for AsyncConnection, so that the default does not decide the type of the rows.
     assert other == {"connection_class"}
-    assert PoolManager().pool._user_class is theirs["connection_class"].default
+    assert PoolManager().pool.connection_class is theirs["connection_class"].default
     assert {name for name in theirs if theirs[name].kind != ours[name].kind} == set()
 
 

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import select
 
-import psycopg
 import pytest
 
 from poolkeeper._binding import LoopBinding
-from poolkeeper._connection import _poll_for, bound_class
+from poolkeeper._connection import _poll_for
 from poolkeeper.errors import LoopMismatchError
-
-
-class Keeper:
-    name = "orders"
-    close_returns = False
-
-
-async def test_a_class_whose_pool_is_gone_connects_to_nothing() -> None:
-    """The last task of a pool that was dropped finds out so."""
-    keeper = Keeper()
-    connection_class = bound_class(psycopg.AsyncConnection, keeper, LoopBinding("orders"))  # type: ignore[arg-type]
-    del keeper
-    gc.collect()
-    with pytest.raises(psycopg.InterfaceError, match="the pool of this connection class is gone"):
-        await connection_class.connect("host=127.0.0.1 port=1")
 
 
 @pytest.mark.parametrize("has_poll", [True, False])
