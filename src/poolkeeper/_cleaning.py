@@ -24,18 +24,26 @@ IDENTITY = frozenset({b"session_authorization", b"is_superuser"})
 """Not settings of their own: RESET SESSION AUTHORIZATION and RESET ROLE bring them back."""
 
 _READ_ONLY = b"default_transaction_read_only"
+_TAKES_NO_WRITES = (
+    # Not transaction_read_only: a transaction is what its beginning was, before the RESET.
+    b"SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool"
+)
 
 
-async def put_settings_back(conn: BoundConnection) -> None:
+async def put_settings_back(conn: BoundConnection) -> bool:
     """
     Undo what the session has set since ``configure``.
+
+    Returns:
+        True if the session was in doubt, and the server takes no writes.
 
     Raises:
         psycopg.OperationalError: If the session is still another user's.
     """
     session = conn._session
     changed = dict(session.changed_parameters())
-    if session.in_doubt:
+    doubt = session.in_doubt and _READ_ONLY not in session.configured
+    if doubt:
         changed.setdefault(_READ_ONLY, None)  # set, it may be, to what it was
     statements: list[bytes] = []
     if IDENTITY.intersection(changed):
@@ -48,20 +56,37 @@ async def put_settings_back(conn: BoundConnection) -> None:
             statements.append(b"RESET " + name)
         elif was is not None:
             statements.append(b"SELECT set_config('%b', %b, false)" % (name, bytes(literal(was))))
-    if statements:
-        await _run(conn, statements)
+    if doubt:
+        statements.append(_TAKES_NO_WRITES)
+    results = await _run(conn, statements) if statements else []
     left = [name.decode() for name, _ in session.changed_parameters() if name in IDENTITY]
     if left:
         raise psycopg.OperationalError(f"settings could not be put back: {', '.join(left)}")
+    return doubt and results[-1].get_value(0, 0) == b"t"
 
 
 async def note_configured(conn: BoundConnection) -> None:
     """Find out which of the reported parameters ``configure`` has set, if any are different."""
     session = conn._session
     if not session.parameters_unchanged:
-        (result,) = await _run(conn, [b"SELECT name FROM pg_settings WHERE source = 'session'"])
-        names = {result.get_value(row, 0) for row in range(result.ntuples)}
+        names = await _set_by_session(conn)
         session.configured = frozenset(n for n, _ in session.changed_parameters() if n in names)
+
+
+async def takes_writes(conn: BoundConnection) -> bool:
+    """Ask the server whether it takes writes, where a transaction does not say otherwise."""
+    (result,) = await _run(conn, [_TAKES_NO_WRITES])
+    return bool(result.get_value(0, 0) == b"f")
+
+
+async def has_set_read_only(conn: BoundConnection) -> bool:
+    """Ask whether it is the session itself that has set what its transactions are by default."""
+    return _READ_ONLY in await _set_by_session(conn)
+
+
+async def _set_by_session(conn: BoundConnection) -> set[bytes]:
+    (result,) = await _run(conn, [b"SELECT name FROM pg_settings WHERE source = 'session'"])
+    return {result.get_value(row, 0) for row in range(result.ntuples)}
 
 
 async def discard(conn: BoundConnection) -> None:

@@ -666,11 +666,18 @@ class Session:
         Returns:
             True if the server is of another kind than it was.
         """
-        was, now = self._parameters, self._reported_parameters()
-        self._parameters = now
+        same = self.same_kind
+        self._parameters = now = self._reported_parameters()
         self._expected: tuple[bytes | None, ...] | None = now  # None while in doubt
         self.in_question = False
-        return was[_READ_ONLY] != now[_READ_ONLY] or was[_STANDBY] != now[_STANDBY]
+        return not same
+
+    @property
+    def same_kind(self) -> bool:
+        """True if the server does not report that it has become another kind of server."""
+        now = self._reported_parameters()
+        was = self._parameters
+        return was[_READ_ONLY] == now[_READ_ONLY] and was[_STANDBY] == now[_STANDBY]
 
     @property
     def kind(self) -> str:

@@ -53,6 +53,7 @@ from ._connection import (
     shut_down,
 )
 from ._conninfo import normalise, parse
+from ._failover import Failover
 from ._health import Question
 from ._recovery import Connector
 from ._where import Behalf, Place, site
@@ -118,6 +119,7 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     _clock: LineClock
     _connector: Connector
+    _failover: Failover
 
     def __init__(
         self,
@@ -438,6 +440,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._context = copy_context()
         self._clock = LineClock(loop, self._line, self._time_out, self._help_growth)
         self._connector = Connector(self, loop)
+        self._failover = Failover(self)
         if loop.get_debug():
             self._slow_callbacks = SlowCallbacks()
         if self._leak_threshold is not None:
@@ -927,7 +930,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             # The pool may be closing by now, or may have been closed and opened anew.
             answers = self._state in (_OPEN, _OPENING) and not conn.closed
             # Nobody has it, so no borrower has changed what is reported.
-            answers = answers and self._accept_parameters(conn)
+            answers = answers and self._failover.accept(conn)
         except Exception as ex:
             logger.info('a connection of pool "%s" does not answer: %s', self.name, ex)
         finally:
@@ -995,6 +998,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._between.begin(conn._session, "checking", "in the check callback", check)
         try:
             await check(conn)
+            same = conn.closed or conn._session.same_kind or await _cleaning.has_set_read_only(conn)
         except Exception as ex:
             logger.info('a connection of pool "%s" failed its check: %s', self.name, ex)
         except BaseException:
@@ -1002,39 +1006,23 @@ class BoundPool(_compat.TellingPool[ACT]):
             raise
         else:
             # The pool may be closing by now, or may have been closed and opened anew.
-            if self._state in (_OPEN, _OPENING) and not conn.closed:
+            lives = self._state in (_OPEN, _OPENING) and not conn.closed
+            if lives and (same or self._failover.accept(conn)):
                 return True
         await asyncio.shield(self._start_put_back(conn, from_getconn=True))
         return False
 
-    def _accept_parameters(self, conn: Any) -> bool:
-        """
-        Let what *conn* reports be as it should; tell whether it is still the server it was.
+    @property
+    def sessions(self) -> Iterable[Session]:
+        """The sessions of this life."""
+        return self._sessions
 
-        If that was a primary, or took writes, and is none, or does not, any more, or the other
-        way about, a new session is made in its place, by the host list or the name that may
-        lead elsewhere by now. All the others are looked at: the idle ones at once, for a server
-        reports nothing to a session that asks nothing, those in use when they come back.
-        """
-        mine: Session = conn._session
-        first = not mine.in_question
-        if not mine.accept_parameters():
-            return True
-        _compat.expire(conn)
-        if first:
-            logger.warning(
-                'pool "%s": a server has become another kind of server (%s): sessions there are'
-                " replaced",
-                self.name,
-                mine.kind,
-            )
-            for session in self._sessions:
-                session.question()
-            idle = list(self._idle)
-            self._idle.clear()
-            for other in idle:
-                self._check_idle(other)
-        return False
+    def look_at_idle(self) -> None:
+        """Ask the server on each idle connection; keep or replace it when the answer has come."""
+        idle = list(self._idle)
+        self._idle.clear()
+        for conn in idle:
+            self._check_idle(conn)
 
     # --- suspected leaks --------------------------------------------------------------------
 
@@ -1270,8 +1258,9 @@ class BoundPool(_compat.TellingPool[ACT]):
                     ", ".join(name.decode() for name, _ in changed),
                 )
             self._between.now(session, "putting its settings back")
-            await _cleaning.put_settings_back(conn)
-            self._accept_parameters(conn)
+            refuses_writes = await _cleaning.put_settings_back(conn)
+            if self._failover.accept(conn) and refuses_writes:
+                self._failover.write_refused(conn)
         if self._user_reset is None:
             return
         if self._user_reset != "discard":
@@ -1326,6 +1315,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._tell_openers(failure or self._closed_error())
         if self.question is not None:
             self.question.refuse("the pool is closing")
+        self._failover.stop()
         for conn in _compat.refuse_clients(self):
             conn.pgconn.finish()
         interruption: asyncio.CancelledError | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,8 +14,11 @@ import psycopg
 import pytest
 
 from poolkeeper import PoolManager
+from poolkeeper._connection import REPORTED_PARAMETERS, Session
 from poolkeeper._embedded import EmbeddedServer
+from poolkeeper._failover import Failover
 from tests.support.pair import Pair, pair, set_read_only
+from tests.support.pooler import OwningPooler
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin
 
@@ -134,6 +138,97 @@ async def test_a_name_that_leads_to_the_new_primary_is_followed(
             assert await writers.serve_after(time.monotonic()) < SOON
         for _ in range(8):
             assert await db.fetchval("show port") == str(servers.standby.port)
+        await db.close(timeout=0)
+
+
+async def test_a_name_that_leads_elsewhere_only_later_is_followed(
+    make_manager: MakeManager, servers: Pair
+) -> None:
+    """The sessions were made anew at the frozen server: nothing is reported to them any more."""
+    async with FaultProxy(servers.primary.dsn()) as name:
+        db = await opened(make_manager, name.dsn)
+        before = await pids(db)
+        writers = Writers(db)
+        await asyncio.to_thread(servers.freeze)
+        async with writers.at_work():
+            async with asyncio.timeout(10):
+                while len(writers.failed) < 100:
+                    await asyncio.sleep(0.01)
+            assert not writers.served
+            await asyncio.to_thread(servers.standby.promote)
+            name.lead_to(servers.standby.dsn())
+            assert await writers.serve_after(time.monotonic()) < SOON
+        assert not before & await pids(db)
+        assert rows(servers.standby) > 0
+        await db.close(timeout=0)
+
+
+async def test_a_server_that_reports_nothing_is_found_out_by_its_refusal(
+    make_manager: MakeManager, servers: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PostgreSQL 13, which does not report the two settings."""
+    silent = (b"in_hot_standby", b"default_transaction_read_only")
+    monkeypatch.setattr(
+        Session,
+        "_reported_parameters",
+        lambda session: tuple(
+            None if name in silent else session.pgconn.parameter_status(name)
+            for name in REPORTED_PARAMETERS
+        ),
+    )
+    db = await opened(make_manager, servers.dsn("read-write"))
+    writers = Writers(db)
+    async with writers.at_work():
+        await writers.serve_after(0.0)
+        await asyncio.to_thread(servers.switch_over)
+        assert await writers.serve_after(time.monotonic()) < SOON
+    assert rows(servers.standby) > 0
+
+
+async def test_a_pool_that_asks_for_a_standby_does_not_look_for_a_primary(
+    make_manager: MakeManager, servers: Pair
+) -> None:
+    async with FaultProxy(servers.standby.dsn()) as name:
+        db = await opened(make_manager, f"{name.dsn}?target_session_attrs=standby")
+        accepted = name.accepted
+        for _ in range(3):
+            with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+                await db.execute("insert into written values (1)")
+            await pids(db)
+        assert name.accepted == accepted
+        await db.close(timeout=0)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the server's doing", "the check's doing"])
+async def test_a_check_that_learns_of_another_kind_of_server(
+    make_manager: MakeManager, own_server: EmbeddedServer, own: bool
+) -> None:
+    """It is replaced before it is handed out, unless the check itself has set it."""
+
+    async def check(conn: Any) -> None:
+        await conn.set_autocommit(True)
+        await conn.execute("set default_transaction_read_only = on" if own else "select 1")
+        await conn.set_autocommit(False)
+
+    db = await opened(make_manager, own_server.dsn(), check=check)
+    before = await pids(db)
+    if not own:
+        set_read_only(own_server, True)
+    for _ in range(12):
+        assert await db.fetchval("show default_transaction_read_only") == "on"
+    after = await pids(db)
+    assert after == before if own else not after & before
+
+
+async def test_a_pooler_that_reports_now_this_server_now_that_costs_few_sessions(
+    make_manager: MakeManager, dsn: str
+) -> None:
+    turns = itertools.cycle(["on", "off"])
+    async with OwningPooler(dsn, lambda: {"in_hot_standby": next(turns)}) as pooler:
+        db = await opened(make_manager, pooler.dsn, min_size=1, max_size=1)
+        for n in range(200):
+            assert await db.fetchval("select %s::int", (n,)) == n
+        assert pooler.accepted <= 2 + Failover.MOST
         await db.close(timeout=0)
 
 

@@ -133,7 +133,7 @@ class FaultProxy:
             self._writers.add(there_writer)
             try:
                 await asyncio.gather(
-                    self._pass_on(reader, there_writer), self._pass_on(there_reader, writer)
+                    self._pass_on(reader, there_writer), self._pass_back(there_reader, writer)
                 )
             finally:
                 there_writer.close()
@@ -143,6 +143,9 @@ class FaultProxy:
         finally:
             writer.close()
             self._writers.discard(writer)
+
+    async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._pass_on(reader, writer)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert self._flow is not None
