@@ -47,13 +47,18 @@ from .errors import ClosedError, ConfigError, PoolkeeperError, ReleasedConnectio
 T = TypeVar("T")
 
 IDLE = pq.TransactionStatus.IDLE
+ACTIVE = pq.TransactionStatus.ACTIVE
 UNKNOWN = pq.TransactionStatus.UNKNOWN
 BAD = pq.ConnStatus.BAD
+NO_PIPELINE = pq.PipelineStatus.OFF
 
 _new = object.__new__  # a class of the user's may want arguments
 
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
+
+LEFT_OPEN = 0.2
+"""Seconds after which a stream of which nobody asks for the next row is taken for left open."""
 
 _MAKES_CURSOR = BaseCursor.__init__.__code__
 
@@ -140,6 +145,7 @@ class BoundConnection(AsyncConnection[Any]):
     _under_way: PQGen[Any] | None = None
     _stopping = False  # where cancellations are lost: psycopg has noticed this one
     _dropped: asyncio.CancelledError | None = None  # and this one it has not
+    _cancelling: set[object] | None = None  # requests to cancel that are under way
     _lost_work: bool  # set when it is revoked
 
     exits_like_psycopg: ClassVar[bool]
@@ -181,6 +187,11 @@ class BoundConnection(AsyncConnection[Any]):
         pgconn = self.pgconn
         try:
             return await _Settled(work, None, self._not_noticed)
+        except asyncio.CancelledError:
+            if pgconn.pipeline_status != NO_PIPELINE and _is_unfinished(self._under_way):
+                # psycopg drops what it has not sent yet, and with it the end of the pipeline.
+                await _Settled(self._try_cancel(), CANCEL_GRACE, self._not_noticed)
+            raise
         except psycopg.errors.ReadOnlySqlTransaction:
             self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
             raise
@@ -247,49 +258,72 @@ class BoundConnection(AsyncConnection[Any]):
         # May be called from any thread, but in a forked child the query is the parent's.
         if self._binding.forked:
             raise self._binding.mismatch("cancel a query")
-        super().cancel()
+        # Noted before psycopg looks whether the connection is closed: see release().
+        request = object()
+        self._requests_to_cancel().add(request)
+        try:
+            super().cancel()
+        finally:
+            self._requests_to_cancel().discard(request)
 
     @override
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         if not self._binding.is_here():
             raise self._binding.mismatch("cancel a query")
-        if not _in_own_task.get():
-            await super().cancel_safe(timeout=timeout)
-            return
-        # psycopg stops the query of a task that is cancelled, here at the end of the program:
-        # it gives the server 5 s to take the request and 5 s to obey (psycopg 3.3).
-        try:
-            await super().cancel_safe(timeout=min(timeout, CANCEL_GRACE))
-        except BaseException:
-            shut_down(self.pgconn)
-            raise
+        # In a task of its own: if the caller is cancelled, it may be on its way nevertheless.
+        request = asyncio.ensure_future(self.request_cancel(timeout))
+        self._requests_to_cancel().add(request)
+        request.add_done_callback(self._request_to_cancel_ended)
+        await asyncio.shield(request)
+
+    async def request_cancel(self, timeout: float) -> None:
+        """Do as `cancel_safe()`, without a care for what comes after: for a session's end."""
+        await super().cancel_safe(timeout=timeout)
+
+    def _requests_to_cancel(self) -> set[object]:
+        return cast("set[object]", vars(self).setdefault("_cancelling", set()))
+
+    def _request_to_cancel_ended(self, request: asyncio.Task[None]) -> None:
+        self._requests_to_cancel().discard(request)
+        if not request.cancelled():
+            request.exception()  # nobody may be there any more to be told
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
         """
         Stop the query of a task that was cancelled, and read how it ends; psycopg calls this.
 
         psycopg asks the server once, which forgets a request that arrives before the query does,
-        and closes the connection if the query ends by an error of its own (3.3.9).
+        and closes the connection if the query ends by an error of its own. It gives the server
+        5 s to take the request and 5 s to obey (3.3.9): whoever has cancelled waits for neither
+        where the network is gone.
         """
         self._stopping, self._dropped = True, None
-        gen = self._under_way
-        if gen is None:
-            await super()._try_cancel(timeout=timeout)
+        timeout = min(timeout, CANCEL_GRACE)
+        until = monotonic() + timeout
+        gen, pgconn = self._under_way, vars(self)["pgconn"]
+        if gen is None:  # the end of a stream or a COPY, which psycopg reads afterwards
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await super()._try_cancel(timeout=timeout)
+            if monotonic() > until - 0.01 and not self.closed:
+                shut_down(pgconn)
             return
-        if _in_own_task.get():
-            timeout = min(timeout, CANCEL_GRACE)
         ended = asyncio.Event()
-        asking = asyncio.ensure_future(self._keep_asking(ended, monotonic() + timeout))
+        asking = asyncio.ensure_future(self._keep_asking(ended, until))
         try:
             async with asyncio.timeout(timeout):
-                await waiting.wait_async(gen, self.pgconn.socket, interval=0.1)
+                await waiting.wait_async(gen, pgconn.socket, interval=0.1)
         except TimeoutError:
-            shut_down(self.pgconn)
+            shut_down(pgconn)
         except Exception:
             pass  # nobody is there any more to be told; psycopg finds what it reads at its end
         finally:
             ended.set()
-            await asking  # a request that is on its way could stop the next query
+            # A request that is on its way could stop the next query.
+            await asyncio.wait({asking}, timeout=max(0.1, until - monotonic()))
+            if not asking.done():
+                shut_down(pgconn)
+                asking.cancel()
 
     async def _keep_asking(self, ended: asyncio.Event, until: float) -> None:
         pause = 0.01
@@ -299,21 +333,59 @@ class BoundConnection(AsyncConnection[Any]):
                 await asyncio.wait_for(ended.wait(), min(pause, max(0.0, until - monotonic())))
             pause *= 2
 
-    async def end_command(self) -> None:
+    async def end_command(self, patience: float = 0.0) -> None:
         """
-        Stop a command whose answer was not read to its end, and read it.
+        Read the answer of a command to its end; after *patience* seconds, stop the command.
 
-        A COPY, say, that was cancelled and then cancelled again while psycopg ended it.
+        A stream that was left half-way, say, or a COPY that was cancelled and then cancelled
+        again while psycopg ended it.
         """
+        if self.pgconn.transaction_status != ACTIVE:
+            return
         with suppress(psycopg.Error, TimeoutError):
-            async with asyncio.timeout(CANCEL_GRACE):
-                await self.cancel_safe(timeout=CANCEL_GRACE)
+            async with asyncio.timeout(patience):
                 await self.wait(_rest_of_the_answer(self.pgconn))
+
+    def leave_pipeline(self) -> bool:
+        """
+        Leave pipeline mode, if nothing was sent in it of which the end is not known.
+
+        psycopg stays in it if it is cancelled while it enters (3.3.9).
+        """
+        try:
+            self.pgconn.exit_pipeline_mode()
+        except psycopg.Error:
+            return False
+        return True
 
     @property
     def at_work(self) -> bool:
-        """True while a task is at work on the connection."""
-        return cast(asyncio.Lock, vars(self)["lock"]).locked()
+        """
+        True while a task waits for the server on the connection.
+
+        Not while its lock is held and nothing more: by a stream or a ``notifies()`` whose client
+        has left, or has not come back for the next row.
+        """
+        return self._under_way is not None
+
+    async def may_go_on(self) -> bool:
+        """
+        Wait for the lock, and tell whether it was let go.
+
+        False if nobody is at work for `LEFT_OPEN`, so that nobody will let it go, it seems.
+        """
+        lock: asyncio.Lock = self.lock
+        looks, heard_at = 0, self._session.heard_at
+        while lock.locked():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEFT_OPEN / 5), lock:
+                    pass
+            looks += 1
+            if self.at_work or heard_at != self._session.heard_at:
+                looks, heard_at = 0, self._session.heard_at
+            elif looks >= 5:
+                return False
+        return True
 
 
 class RetiredConnection(BoundConnection):
@@ -627,7 +699,7 @@ class Session:
         fixed = dict(vars(conn))
         for per_handle in (
             "_adapters", "_notice_handlers", "_notify_handlers", "_notifies_backlog", "_pool",
-            "_checkout", "lock", "_session", "pgconn",
+            "_checkout", "lock", "_session", "pgconn", "_cancelling",
         ):  # fmt: skip
             fixed.pop(per_handle, None)
         fixed["_pool"] = None
@@ -729,7 +801,9 @@ class Session:
         new.update(self._fixed)
         new["pgconn"] = self.pgconn
         new["_session"] = self
-        new["lock"] = old["lock"]  # free: release() hands on nothing that a task is at work on
+        # A generator that was left half-way still holds the lock, and will let it go some day.
+        lock = old["lock"]
+        new["lock"] = cls._lock_class() if lock.locked() else lock
         new["_notice_handlers"] = self._notice_handlers.copy()
         new["_notify_handlers"] = self._notify_handlers.copy()
         backlog = old["_notifies_backlog"]
@@ -742,6 +816,14 @@ class Session:
             prepared.prepare_threshold, prepared.prepared_max = threshold, most
         self._handle = weakref.ref(fresh)
         conn.__class__ = cls._released_class
+        return fresh
+
+    def in_place_of(self, conn: BoundConnection) -> BoundConnection:
+        """Retire *conn*; return a handle like it, of the same checkout, with a lock of its own."""
+        fresh = _new(conn.__class__)
+        vars(fresh).update(vars(conn), lock=conn._lock_class())
+        self._handle = weakref.ref(fresh)
+        retire(conn)
         return fresh
 
 
@@ -772,6 +854,15 @@ class DressedSession(Session):
             slot.__set__(fresh, value)
         return self.dressed(fresh)
 
+    @override
+    def in_place_of(self, conn: BoundConnection) -> BoundConnection:
+        was = self.handle
+        fresh = super().in_place_of(conn)
+        for slot in self._slots:
+            if _is_set(slot, was):
+                slot.__set__(fresh, slot.__get__(was))
+        return self.dressed(fresh)
+
     def dressed(self, conn: BoundConnection) -> BoundConnection:
         """Return *conn* in its proxies."""
         dressed: Any = conn
@@ -786,6 +877,10 @@ def _is_set(slot: Any, conn: object) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _is_unfinished(gen: PQGen[Any] | None) -> bool:
+    return getattr(gen, "gi_frame", None) is not None
 
 
 def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
@@ -805,6 +900,24 @@ def remains(conn: BoundConnection) -> BoundConnection:
     last = _new(conn.__class__)
     vars(last).update(vars(conn), _checkout=None, _pool=None)
     return last
+
+
+class _Gone:
+    """Stands for a connection of libpq's that is closed."""
+
+    status = BAD
+    pipeline_status = pq.PipelineStatus.OFF
+    transaction_status = UNKNOWN
+
+
+def part_from_pipeline(conn: BoundConnection) -> None:
+    """
+    Take the session away from the pipeline of *conn*, which was given back in the middle of it.
+
+    At its end psycopg's pipeline ends pipeline mode without a look at the connection (3.3.9).
+    """
+    if (pipeline := vars(conn).get("_pipeline")) is not None:
+        pipeline.pgconn = _Gone
 
 
 def _poll_for(fileno: int) -> Callable[[], object]:

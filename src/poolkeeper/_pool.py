@@ -40,12 +40,14 @@ from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._connection import (
     CANCEL_GRACE,
+    LEFT_OPEN,
     BoundClasses,
     BoundConnection,
     ReleasedConnection,
     RetiredConnection,
     RevokedConnection,
     Session,
+    part_from_pipeline,
     remains,
     retire,
     revoke,
@@ -1104,16 +1106,19 @@ class BoundPool(_compat.TellingPool[ACT]):
         loop = _get_running_loop()
         if loop is None or loop is not binding.owner_loop():
             raise binding.mismatch("give a connection back")
-        if conn.lock.locked():
+        if conn._under_way is not None:  # at_work, without the call
             self._discard_busy(conn)
             return None
         session: Session = conn._session
         checkout: Checkout = cast(Any, conn)._checkout
         fresh = session.successor(conn)
+        # Read only now: who begins to cancel from here on finds the handle released.
+        cancelling = conn._cancelling
         now = self._end_checkout(session, checkout)
         pgconn = session.pgconn
         if (
             pgconn.transaction_status == IDLE
+            and not cancelling
             and self._state is _OPEN
             and self._user_reset is None
             and (not checkout.used or session.parameters_unchanged)
@@ -1123,7 +1128,8 @@ class BoundPool(_compat.TellingPool[ACT]):
         ):
             self._give(fresh)
             return None
-        return self._start_put_back(fresh, roll_back=roll_back)
+        part_from_pipeline(conn)
+        return self._start_put_back(fresh, roll_back=roll_back, cancelling=cancelling)
 
     def _end_checkout(self, session: Session, checkout: Checkout) -> float:
         """Strike a checkout out, and return the time."""
@@ -1176,14 +1182,33 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._idle.append(conn)
 
     async def _put_back(
-        self, conn: Any, *, from_getconn: bool = False, roll_back: bool = False
+        self,
+        conn: Any,
+        *,
+        from_getconn: bool = False,
+        roll_back: bool = False,
+        cancelling: set[object] | None = None,
     ) -> None:
-        """Give back a connection that may need work first."""
+        """
+        Give back a connection that may need work first.
+
+        Args:
+            conn: The handle for the next borrower.
+            from_getconn: True if nobody had it yet.
+            roll_back: True if its block has ended with an exception.
+            cancelling: The requests to cancel that its last borrower has begun.
+        """
+        session: Session = conn._session
+        dangerous = False
+        if cancelling:
+            self._between.now(session, "waiting for a request to cancel")
+            dangerous = not await _have_ended(cancelling)
         if isinstance(conn, RevokedConnection):
             return  # its life is over, and another one may have begun
-        session: Session = conn._session
         pgconn = conn.pgconn
-        if pgconn.pipeline_status != NO_PIPELINE:
+        if dangerous:
+            pgconn.finish()
+        if pgconn.pipeline_status != NO_PIPELINE and not conn.leave_pipeline():
             logger.warning(
                 'a connection of pool "%s" came back in pipeline mode: closed', self.name
             )
@@ -1194,10 +1219,14 @@ class BoundPool(_compat.TellingPool[ACT]):
         if pgconn.transaction_status in (INTRANS, INERROR):
             self._between.now(session, "in a rollback")
         if roll_back and pgconn.transaction_status in (INTRANS, INERROR):
+            # Shut down, the socket reads as closed by the server.
+            timer = asyncio.get_running_loop().call_later(PROBE_TIMEOUT, shut_down, pgconn)
             try:
                 await conn.rollback()
             except Exception as ex:
                 logger.warning('pool "%s": error ignored in rollback: %s', self.name, ex)
+            finally:
+                timer.cancel()
         if self._oversized and self._is_surplus():
             _compat.forget_connections(self, 1)
             pgconn.finish()
@@ -1205,7 +1234,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             await _compat.put_back(self, conn, from_getconn=from_getconn)
         self._between.end(session)
 
-    def _start_put_back(self, conn: Any, **how: bool) -> asyncio.Task[None]:
+    def _start_put_back(self, conn: Any, **how: Any) -> asyncio.Task[None]:
         """Give back a connection in a task of its own, which nobody's cancellation reaches."""
         if not isinstance(conn, RevokedConnection):
             self._between.begin(conn._session, "returning", "being put in order")
@@ -1644,11 +1673,17 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                 elif (
                     conn.pgconn.transaction_status != IDLE or conn.is_in_block()
                 ) and not conn.closed:
+                    if conn.lock.locked() and not await conn.may_go_on():
+                        conn = conn._session.in_place_of(conn)
+                        await conn.end_command(LEFT_OPEN)
                     await conn.commit()
             elif isinstance(conn, RevokedConnection):
                 if exc_type is None and vars(conn).get("_lost_work"):
                     raise conn.refusal()
             else:
+                if exc_type is None and conn.lock.locked() and not await conn.may_go_on():
+                    conn = conn._session.in_place_of(conn)
+                    await conn.end_command(LEFT_OPEN)
                 await conn.__aexit__(exc_type, exc, traceback)
         finally:
             cleaning = pool.release(conn, roll_back)
@@ -1670,7 +1705,7 @@ async def _end_query(conn: BoundConnection) -> None:
         unanswered = pgconn.transaction_status == ACTIVE
         while unanswered and (left := until - monotonic()) > 0:
             with suppress(Exception):
-                await conn.cancel_safe(timeout=left)
+                await conn.request_cancel(left)
             ask_again = min(until, monotonic() + pause)
             # libpq has no event for it: the task of the query, if it still reads, has the answer.
             while (unanswered := _is_unanswered(conn)) and monotonic() < ask_again:  # noqa: ASYNC110
@@ -1681,6 +1716,15 @@ async def _end_query(conn: BoundConnection) -> None:
             shut_down(pgconn)
 
 
+async def _have_ended(requests: set[object]) -> bool:
+    """Tell whether *requests* to cancel, which would stop the next query, end in `CANCEL_GRACE`."""
+    until = monotonic() + CANCEL_GRACE
+    # Some of them may be made in other threads.
+    while requests and monotonic() < until:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    return not requests
+
+
 def _is_unanswered(conn: BoundConnection) -> bool:
     """Tell whether a query runs, of which the server has said nothing that was not read yet."""
     return conn.pgconn.transaction_status == ACTIVE and conn._session.is_quiet()
@@ -1689,7 +1733,7 @@ def _is_unanswered(conn: BoundConnection) -> bool:
 async def _request_cancel(session: Session) -> None:
     if (handle := session.handle) is not None:
         with suppress(Exception):
-            await handle.cancel_safe(timeout=CANCEL_GRACE)
+            await handle.request_cancel(CANCEL_GRACE)
 
 
 _ENTERS_STACK = AsyncExitStack.enter_async_context.__code__
