@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from contextvars import copy_context
+from heapq import heappop, heappush
+from itertools import islice
 from time import monotonic
 from types import CodeType, FrameType
 from typing import Any
@@ -34,7 +36,19 @@ class Waiter:
     connection made or returned by psycopg_pool reaches it in its turn.
     """
 
-    __slots__ = ("code", "deadline", "future", "grace", "lineno", "since", "task", "timeout")
+    __slots__ = (
+        "code",
+        "deadline",
+        "due",
+        "future",
+        "grace",
+        "lineno",
+        "seen",
+        "since",
+        "suspected",
+        "task",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -48,8 +62,13 @@ class Waiter:
         self.task = asyncio.current_task(loop)
         self.since = monotonic()
         self.timeout = timeout
-        self.deadline = deadline
+        self.deadline = self.due = deadline
+        """When its time is up; when the clock looks at it next."""
         self.grace = LineClock.MOST_GRACE
+        self.seen = 0
+        """How many stalls of the loop it was given back, or was not there for."""
+        self.suspected = 0.0
+        """Since when it may be the one that completed a self-deadlock; 0.0 if it is not."""
         self.code = code
         self.lineno = lineno
 
@@ -91,24 +110,25 @@ class Line(OrderedDict["Waiter", None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks: set[asyncio.Task[Any] | None] = set()
+        self.tasks: dict[asyncio.Task[Any] | None, Waiter] = {}
         """The tasks that wait; a task waits once."""
         self._called: set[Waiter] = set()
         """Those who were taken out to be served, until their tasks go on."""
 
-    @override
-    def __iter__(self) -> Iterator[Waiter]:
-        return iter(list(super().__iter__()))
+    def first(self, number: int) -> list[Waiter]:
+        """Return so many at most of those who waited longest."""
+        # In one step, so that it can be done in another thread.
+        return list(islice(self, number))
 
     def append(self, waiter: Waiter) -> None:
         """Let *waiter* join at the end."""
         self[waiter] = None
-        self.tasks.add(waiter.task)
+        self.tasks[waiter.task] = waiter
 
     def popleft(self) -> Waiter:
         """Take the one who waited longest, to be served."""
         waiter = self.popitem(last=False)[0]
-        self.tasks.discard(waiter.task)
+        self.tasks.pop(waiter.task, None)
         self._called.add(waiter)
         return waiter
 
@@ -117,7 +137,7 @@ class Line(OrderedDict["Waiter", None]):
         self._called.discard(waiter)
         if waiter in self:
             del self[waiter]
-            self.tasks.discard(waiter.task)
+            self.tasks.pop(waiter.task, None)
 
     def handed_over(self) -> int:
         """Return how many connections are on their way to the task that they were handed to."""
@@ -148,14 +168,21 @@ class LineClock:
     """
     One timer for all who wait: it ends their patience, and notices when the loop stands still.
 
-    A timer for each waiter would cost as much as the rest of its wait. While the loop is
-    blocked, nobody could have been served: waiters get that time back, as far as they need it to
-    be served afterwards, so that a stall does not turn into a storm of time-outs.
+    A timer for each waiter would cost as much as the rest of its wait. They are kept by the
+    quarter of a second in which their time is up, and put in order only when that comes near:
+    what a look costs does not depend on how long the line is.
+
+    While the loop is blocked, nobody could have been served: waiters get that time back, as far
+    as they need it to be served afterwards, so that a stall does not turn into a storm of
+    time-outs. Nor does a storm of time-outs turn into a stall: those whose time is up together
+    are told in slices, between which the loop goes on.
 
     Args:
         line: The waiters.
-        expire: Called with each one whose time is up.
+        expire: Called with those whose time is up.
         help: Called at each look at which anybody still waits.
+        deadlock: Called with one who was suspected to have completed a self-deadlock, when that
+            has had the time to pass.
     """
 
     TICK = 0.25
@@ -164,33 +191,67 @@ class LineClock:
     FINEST = 0.005
     """Seconds to which a deadline is kept; many that lie close together cost one look."""
 
+    SLICE = 250
+    """How many are told in one turn of the loop, at most."""
+
     STALL = 0.1
     """Seconds of delay from which the loop is said to have stood still."""
 
     MOST_GRACE = 1.0
     """Seconds that a waiter is given after its time, and after the stall, at most."""
 
+    DEADLOCK_GRACE = 0.75
+    """Seconds after which a self-deadlock is believed: a holder may stop waiting by itself."""
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         line: Line,
-        expire: Callable[[Waiter], None],
+        expire: Callable[[list[Waiter]], None],
         help: Callable[[], None] | None = None,
+        deadlock: Callable[[Waiter], None] | None = None,
     ) -> None:
         self._loop = loop
         self._context = copy_context()  # of open(): its timer is for all who wait
         self._line = line
         self._expire = expire
         self._help = help
+        self._deadlock = deadlock
         self._due = 0.0  # 0.0: not ticking
-        self._timer: asyncio.TimerHandle | None = None
-        self._stall = (0.0, 0.0)  # when, for how long
+        self._timer: asyncio.Handle | None = None
+        self._later: dict[int, dict[Waiter, None]] = {}
+        """Who is to be looked at, by the tick in which that is due."""
+        self._ticks: list[int] = []
+        """The keys of these; a heap."""
+        self._soon: list[tuple[float, int, Waiter]] = []
+        """Who is to be looked at before the next tick, and when; a heap."""
+        self._near = 0
+        """The last tick whose waiters are among those."""
+        self._number = 0
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=128)
+        self._stalled = 0
+
+    @property
+    def stalls(self) -> tuple[tuple[float, float], ...]:
+        """When the loop went on after it had stood still, and for how long it had."""
+        return tuple(self._stalls)
 
     def watch(self, waiter: Waiter) -> None:
         """Look after one more waiter."""
+        waiter.seen = self._stalled
+        waiter.due = waiter.deadline
+        if waiter.suspected:
+            waiter.due = min(waiter.deadline, waiter.suspected + self.DEADLOCK_GRACE)
+        self._place(waiter)
         due = self._due
-        if due == 0.0 or waiter.deadline < due:
-            self._arm(waiter.deadline)
+        if due == 0.0 or waiter.due < due:
+            self._arm(waiter.due)
+
+    def forget(self, waiter: Waiter) -> None:
+        """Look after *waiter* no more."""
+        tick = self._later.get(int(waiter.due / self.TICK))
+        if tick is not None:
+            tick.pop(waiter, None)
 
     def stop(self) -> None:
         """Stop ticking."""
@@ -199,41 +260,90 @@ class LineClock:
             self._timer = None
         self._due = 0.0
 
-    def longest_stall(self, within: float) -> float:
-        """Return how long the loop stood still, if it did in the last *within* seconds."""
-        when, seconds = self._stall
-        return seconds if seconds and monotonic() - when <= within else 0.0
+    def _place(self, waiter: Waiter) -> None:
+        tick = int(waiter.due / self.TICK)
+        if tick <= self._near:
+            self._number += 1
+            heappush(self._soon, (waiter.due, self._number, waiter))
+        elif tick in self._later:
+            self._later[tick][waiter] = None
+        else:
+            self._later[tick] = {waiter: None}
+            heappush(self._ticks, tick)
 
-    def _arm(self, deadline: float) -> None:
+    def _arm(self, due: float) -> None:
         now = monotonic()
         self.stop()
-        self._due = max(min(deadline, now + self.TICK), now + self.FINEST)
+        self._due = max(min(due, now + self.TICK), now + self.FINEST)
         self._timer = self._loop.call_later(self._due - now, self._tick, context=self._context)
 
     def _tick(self) -> None:
         now = monotonic()
         late = now - self._due
-        self._due = 0.0
-        self._timer = None
         if late >= self.STALL:
-            when, seconds = self._stall
-            if late >= seconds or now - when > 30.0:
-                self._stall = (now, late)
-            for waiter in self._line:
-                due = min(waiter.deadline + late, now + waiter.grace)
-                if due > waiter.deadline:
-                    waiter.grace -= due - max(waiter.deadline, now)
-                    waiter.deadline = due
-        earliest = 0.0
-        for waiter in list(self._line):
+            self._stalls.append((now, late))
+            self._stalled += 1
+        self._look()
+
+    def _look(self) -> None:
+        now = monotonic()
+        self._timer = None
+        self._due = now  # nothing is to be armed until it is known what comes next
+        soon, ticks = self._soon, self._ticks
+        self._near = int(now / self.TICK) + 1
+        while ticks and ticks[0] <= self._near:
+            for waiter in self._later.pop(heappop(ticks)):
+                self._place(waiter)
+        expired: list[Waiter] = []
+        while soon and soon[0][0] <= now and len(expired) < self.SLICE:
+            waiter = heappop(soon)[2]
+            if waiter.future.done():
+                continue
+            self._give_back_stalls(waiter)
+            if waiter.suspected:
+                self._look_at_suspect(waiter, now)
+                if waiter.future.done():
+                    continue
             if waiter.deadline <= now:
-                self._expire(waiter)
-            elif earliest == 0.0 or waiter.deadline < earliest:
-                earliest = waiter.deadline
-        if earliest:
-            self._arm(earliest)
+                expired.append(waiter)
+            else:
+                waiter.due = max(waiter.due, now) if waiter.suspected else waiter.deadline
+                self._place(waiter)
+        if expired:
+            self._expire(expired)
+        if len(expired) == self.SLICE:
+            # No timer: what the loop does meanwhile is to tell them, and no stall.
+            self._timer = self._loop.call_soon(self._look, context=self._context)
+            return
+        self._due = 0.0
+        if self._line:
+            self._arm(soon[0][0] if soon else now + self.TICK)
             if self._help is not None:
                 self._help()
+
+    def _give_back_stalls(self, waiter: Waiter) -> None:
+        """Let *waiter* have the time in which nobody could be served."""
+        missed = min(self._stalled - waiter.seen, len(self._stalls))
+        waiter.seen = self._stalled
+        for when, seconds in islice(self._stalls, len(self._stalls) - missed, None):
+            deadline = min(waiter.deadline + seconds, when + waiter.grace)
+            if deadline > waiter.deadline:
+                waiter.grace -= deadline - max(waiter.deadline, when)
+                waiter.deadline = deadline
+            if waiter.suspected:
+                waiter.suspected = when  # nobody could stop waiting either
+
+    def _look_at_suspect(self, waiter: Waiter, now: float) -> None:
+        waiter.due = waiter.suspected + self.DEADLOCK_GRACE
+        if waiter.due <= now:
+            if self._deadlock is not None:
+                self._deadlock(waiter)
+            waiter.suspected = 0.0
+
+
+def stalled_seconds(stalls: Iterable[tuple[float, float]], since: float, until: float) -> float:
+    """Return for how much of the time from *since* to *until* the loop stood still."""
+    return sum(max(0.0, min(when, until) - max(when - seconds, since)) for when, seconds in stalls)
 
 
 class SlowCallbacks(logging.Filter):
@@ -325,7 +435,12 @@ class Checkout:
 
     def stack_text(self) -> str:
         """Return the stack of the acquire, outermost call first; empty if it was not kept."""
-        return "".join(traceback.format_list(self.stack[::-1])) if self.stack else ""
+        return self.stack_in_words(self.stack)
+
+    @staticmethod
+    def stack_in_words(stack: traceback.StackSummary | None) -> str:
+        """Return a stack that was kept in lines."""
+        return "".join(traceback.format_list(stack[::-1])) if stack else ""
 
     def __str__(self) -> str:
         task = self.task  # read once: a snapshot may be taken in another thread
@@ -337,20 +452,55 @@ class Checkout:
 class _Window:
     """Sums over a stretch of time."""
 
-    __slots__ = ("began", "busy_seconds", "ends", "held_seconds", "released")
+    __slots__ = ("began", "busy_seconds", "ends", "gave_up", "held_seconds", "released")
 
     def __init__(self, began: float) -> None:
         self.began = began
         self.ends = began + Ledger.WINDOW
-        self.released = 0
-        self.held_seconds = 0.0
-        self.busy_seconds = 0.0
+        self.released = self.gave_up = 0
+        self.held_seconds = self.busy_seconds = 0.0
 
     def add(self, checkout: Checkout, now: float) -> None:
         """Count a checkout that ends."""
         self.released += 1
         self.held_seconds += now - checkout.since
         self.busy_seconds += checkout.busy_seconds
+
+    def copy(self) -> _Window:
+        """Return one that does not go on."""
+        window = _Window(self.began)
+        for name in self.__slots__:
+            setattr(window, name, getattr(self, name))
+        return window
+
+
+class Load:
+    """What was asked of a pool lately, as it was at one moment; cheap to take and to keep."""
+
+    __slots__ = ("_held", "_when", "_windows")
+
+    def __init__(self, windows: tuple[_Window, ...], held: int) -> None:
+        self._windows = windows
+        self._held = held
+        self._when = monotonic()
+
+    def lately(self) -> _facts.LoadRow:
+        """Return what was asked of late, where nobody says since when."""
+        return self.over(Ledger.LATELY)
+
+    def over(self, seconds: float) -> _facts.LoadRow:
+        """Return what was asked in the last *seconds*, to the length of a window."""
+        since = self._when - seconds
+        windows = [w for w in self._windows if w.ends > since] or self._windows[-1:]
+        released = sum(window.released for window in windows)
+        return _facts.LoadRow(
+            window_seconds=self._when - windows[0].began,
+            acquires=released + self._held,
+            released=released,
+            held_seconds=sum(window.held_seconds for window in windows),
+            query_seconds=sum(window.busy_seconds for window in windows),
+            gave_up=sum(window.gave_up for window in windows),
+        )
 
 
 class Ledger:
@@ -362,17 +512,25 @@ class Ledger:
             stacks and suspect nobody.
     """
 
-    WINDOW = 10.0
-    """Seconds that the load is summed over; what is shown covers one to two of them."""
+    WINDOW = 1.0
+    """Seconds that the load is summed over, time and again."""
+
+    WINDOWS = 64
+    """How many of these are remembered."""
+
+    LATELY = 10.0
+    """Seconds that are meant where nobody says how many."""
 
     def __init__(self, leak_threshold: float | None) -> None:
         self.leak_threshold = leak_threshold
-        self.held: set[Checkout] = set()
-        self._now = self._before = _Window(monotonic())
+        self.held: dict[Checkout, None] = {}
+        """Longest first."""
+        self._past: deque[_Window] = deque(maxlen=self.WINDOWS)
+        self._now = _Window(monotonic())
 
     def begins(self, checkout: Checkout, frame: FrameType | None) -> None:
         """Write a checkout down; *frame* is where it was asked for, if its stack is kept."""
-        self.held.add(checkout)
+        self.held[checkout] = None
         if frame is not None:
             checkout.stack = traceback.StackSummary.extract(
                 traceback.walk_stack(frame), limit=32, lookup_lines=False
@@ -380,39 +538,44 @@ class Ledger:
 
     def ends(self, checkout: Checkout, now: float) -> None:
         """Strike a checkout out."""
-        self.held.discard(checkout)
+        self.held.pop(checkout, None)
         task = checkout.task
         assert task is not None
         checkout.name = task.get_name()
         checkout.task = None
         window = self._now
-        window.add(checkout, now)
         if now > window.ends:
-            self._turn(checkout, now)
+            window = self._turn(checkout.since, now)
+        window.add(checkout, now)
 
-    def _turn(self, last: Checkout, now: float) -> None:
-        """Begin another window; *last* was the last of the one that is over."""
-        self._before, self._now = self._now, _Window(now)
-        if last.since > self._before.ends + self.WINDOW:
-            # Nothing was asked for a window or more: what was before is not "lately".
-            self._before = self._now = _Window(last.since)
-            self._now.add(last, now)
+    def gave_up(self, number: int) -> None:
+        """Count tasks that have waited in vain."""
+        window, now = self._now, monotonic()
+        if now > window.ends:
+            window = self._turn(now, now)
+        window.gave_up += number
+
+    def _turn(self, since: float, now: float) -> _Window:
+        """Begin another window, with something that began at *since*, and return it."""
+        last = self._now
+        self._past.append(last)
+        # If nothing was asked for in between, that is not "lately".
+        window = self._now = _Window(max(last.ends, since))
+        window.ends = max(window.ends, now)
+        return window
+
+    @property
+    def last_began(self) -> float:
+        """When the last of those who hold a connection acquired it; 0.0 if nobody does."""
+        return next(reversed(self.held)).since if self.held else 0.0
 
     def longest_first(self) -> list[Checkout]:
         """Return who holds a connection."""
-        return sorted(self.held, key=lambda checkout: checkout.since)
+        return list(self.held)
 
-    def load(self) -> _facts.LoadRow:
+    def load(self) -> Load:
         """Return what was asked of the pool lately; those who hold a connection have arrived."""
-        windows = {self._before, self._now}
-        released = sum(window.released for window in windows)
-        return _facts.LoadRow(
-            window_seconds=monotonic() - self._before.began,
-            acquires=released + len(self.held),
-            released=released,
-            held_seconds=sum(window.held_seconds for window in windows),
-            query_seconds=sum(window.busy_seconds for window in windows),
-        )
+        return Load((*self._past, self._now.copy()), len(self.held))
 
     def overdue(self) -> list[Checkout]:
         """Return the checkouts that are past the threshold and were not reported yet."""
@@ -425,7 +588,7 @@ class Ledger:
         self, task: asyncio.Task[Any] | None, line: Line, connections: int, timeout: float = 0.0
     ) -> bool:
         """
-        Tell whether nobody could ever be served if *task* joined *line* now.
+        Tell whether nobody could ever be served if *task*, which holds, joined *line* now.
 
         That is so if each of the pool's *connections* is held by a block of a task that waits
         for one more itself. A connection from ``getconn()`` may be given back by anybody, so
@@ -434,11 +597,24 @@ class Ledger:
         """
         if len(self.held) < connections:
             return False
-        waiting = line.tasks
-        if not all(
-            checkout.structured and (checkout.task is task or checkout.task in waiting)
+        holds = False
+        for checkout in self.held:
+            if not checkout.structured:
+                return False
+            if checkout.task is task:
+                holds = True
+            else:
+                waiter = line.tasks.get(checkout.task)
+                if waiter is None or waiter.timeout < timeout:
+                    return False
+        return holds
+
+    def deadlock_lasts(self, line: Line, connections: int, since: float) -> bool:
+        """Tell whether all who hold the pool's *connections* do and wait in *line* since then."""
+        return len(self.held) >= connections and all(
+            checkout.structured
+            and checkout.since <= since
+            and (waiter := line.tasks.get(checkout.task)) is not None
+            and waiter.since <= since
             for checkout in self.held
-        ):
-            return False
-        holders = {checkout.task for checkout in self.held}
-        return not any(w.timeout < timeout and w.task in holders for w in line)
+        )

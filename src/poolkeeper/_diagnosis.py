@@ -5,6 +5,11 @@ Pure: the same snapshot gives the same words. Each rule below looks for one caus
 finds it, says how it knows and what to do. The causes are tried in the order in which one of
 them explains the others: a server that is away explains an empty pool, a stalled loop explains
 connections that are held long.
+
+A cause is named only if it can be seen in the wait that it is to explain: a stall took half of
+it, the server failed in it, what the connections were held for went on for half of it or is what
+they were held for all the time, and half of them were. Where that is so of fewer, it is told
+after "Also:"; where nothing is seen, that is what is said.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeAlias
 
 from ._snapshot import CheckoutRow, PoolSnapshot
 
@@ -24,6 +30,9 @@ HELD_LONG = 1.0
 
 STALL = 0.25
 """Seconds that the loop must stand still to be named as a cause."""
+
+PROBED = 3.0
+"""Seconds after a failed attempt in which the server is still known to fail."""
 
 _NAMED = 3  # rows that are shown one by one
 
@@ -91,19 +100,54 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def diagnose(snapshot: PoolSnapshot) -> Diagnosis:
-    """Return what *snapshot* says about why connections are short."""
+def diagnose(snapshot: PoolSnapshot, in_vain: bool = False) -> Diagnosis:
+    """
+    Return what *snapshot* says about why connections are short.
+
+    Args:
+        snapshot: The facts.
+        in_vain: True if a task did not get a connection, so that there is a cause.
+    """
     if snapshot.state in ("new", "closing", "closed"):
         advice = "Open it with await manager.open()."
         not_open = Finding("not-open", f"the pool is {snapshot.state}", (), advice)
         return Diagnosis(snapshot, (not_open,))
-    found = [finding for rule in _RULES if (finding := rule(snapshot)) is not None]
-    if not found:
-        found = [finding for finding in (_in_use(snapshot),) if finding is not None]
+    kinds = [kind for rule in _KINDS if (kind := rule(snapshot)) is not None]
+    found = [finding for rule in _FIRST if (finding := rule(snapshot)) is not None]
+    found += (finding for finding, number in kinds if _is_most(number, snapshot))
+    found += (finding for rule in _RULES if (finding := rule(snapshot)) is not None)
+    if not found and (known := _in_use(snapshot)) is not None:
+        found.append(known)
+    if not found and in_vain:
+        found.append(_UNKNOWN)
+    found += (finding for finding, number in kinds if not _is_most(number, snapshot))
     return Diagnosis(snapshot, tuple(found))
 
 
-# --- one rule for each cause ------------------------------------------------------------------
+def _is_full(s: PoolSnapshot) -> bool:
+    """Tell whether there are as many connections as there may be, and none is free."""
+    return s.total >= s.max and not s.idle
+
+
+def _is_most(number: int, s: PoolSnapshot) -> bool:
+    return number * 2 >= s.total
+
+
+def _is_long(seconds: float, s: PoolSnapshot, always: bool = False) -> bool:
+    """
+    Tell whether *seconds* are long, and much of the wait.
+
+    Args:
+        seconds: How long something goes on.
+        s: The facts.
+        always: True if it is known to have been so all the time.
+    """
+    # While the loop stands still everything goes on for long.
+    seconds -= s.stalled_seconds
+    return seconds >= HELD_LONG and (always or seconds >= s.waited_seconds / 2)
+
+
+# --- what explains all the rest -----------------------------------------------------------------
 
 
 def _self_deadlock(s: PoolSnapshot) -> Finding | None:
@@ -121,6 +165,8 @@ def _self_deadlock(s: PoolSnapshot) -> Finding | None:
 def _server(s: PoolSnapshot) -> Finding | None:
     if s.last_error is None or s.total >= s.max:
         return None
+    if s.last_error_seconds > max(s.waited_seconds, PROBED):
+        return None  # nobody has asked it since
     evidence = [
         f"The last attempt failed {s.last_error_seconds:.1f} s ago: {s.last_error}.",
         f"{_number(s.attempts_failed, 'attempt')} failed in {s.failing_seconds:.1f} s.",
@@ -136,24 +182,61 @@ def _server(s: PoolSnapshot) -> Finding | None:
 
 
 def _stalled(s: PoolSnapshot) -> Finding | None:
-    if s.stalled_seconds < STALL:
+    if s.stalled_seconds < max(STALL, s.waited_seconds / 2):
         return None
     ran = f" It was running {s.stalled_by}." if s.stalled_by else ""
     return Finding(
         "stalled-loop",
         f"the event loop stood still for {s.stalled_seconds:.1f} s",
         (
-            f"Nothing on the loop ran for {s.stalled_seconds:.1f} s while a task waited: neither"
-            f" a release nor an acquire could go on.{ran}",
+            f"Nothing on the loop ran for {s.stalled_seconds:.1f} s of the {s.waited_seconds:.1f} s"
+            f" that the task waited: neither a release nor an acquire could go on.{ran}",
         ),
         "Find the blocking call: run with asyncio debug mode (PYTHONASYNCIODEBUG=1), and move it"
         " to asyncio.to_thread().",
     )
 
 
-def _leaked(s: PoolSnapshot) -> Finding | None:
-    rows = [row for row in s.checkouts if row.task_done or row.suspected_leak]
-    if not rows or s.in_use < s.max:
+_FIRST: tuple[Callable[[PoolSnapshot], Finding | None], ...] = (_self_deadlock, _server, _stalled)
+
+
+# --- what connections are held for --------------------------------------------------------------
+#
+# Each returns with its finding how many of them that is.
+
+_Kind: TypeAlias = "tuple[Finding, int] | None"
+
+
+def _held_through(s: PoolSnapshot, belongs: Callable[[CheckoutRow], bool]) -> list[CheckoutRow]:
+    """Return which of the connections that were held for half of the wait are of a kind."""
+    if not _is_full(s):
+        return []
+    return [row for row in s.checkouts if row.held_seconds * 2 >= s.waited_seconds and belongs(row)]
+
+
+def _nested(s: PoolSnapshot) -> _Kind:
+    rows = _held_through(s, lambda row: row.task_waits)
+    if not rows or len(rows) == s.max:  # then it is a self-deadlock
+        return None
+    one = len(rows) == 1
+    return Finding(
+        "nested-acquire",
+        f"{len(rows)} of {_number(s.max, 'connection')} {'is' if one else 'are'} held by"
+        f" {'a task that waits' if one else 'tasks that wait'} for another one",
+        (_list("Held", rows),),
+        "Pass the connection that a task holds down to what it calls, instead of acquiring a"
+        " second one. No max_size is enough for tasks that acquire while they hold.",
+    ), len(rows)
+
+
+def _is_leaked(row: CheckoutRow) -> bool:
+    # A block gives back what it holds, however late.
+    return row.task_done or (row.suspected_leak and not row.in_block)
+
+
+def _leaked(s: PoolSnapshot) -> _Kind:
+    rows = _held_through(s, _is_leaked)
+    if not rows:
         return None
     done = sum(row.task_done for row in rows)
     summary = (
@@ -166,12 +249,12 @@ def _leaked(s: PoolSnapshot) -> Finding | None:
         (_list("Suspected", rows),),
         'Acquire with "async with manager.connection()": what getconn() took, putconn() must give'
         " back on every path.",
-    )
+    ), len(rows)
 
 
-def _several_by_one_task(s: PoolSnapshot) -> Finding | None:
-    rows = [row for row in s.checkouts if row.held_by_task > 1]
-    if not rows or s.in_use < s.max:
+def _several_by_one_task(s: PoolSnapshot) -> _Kind:
+    rows = _held_through(s, lambda row: row.held_by_task > 1 and not _is_leaked(row))
+    if not rows:
         return None
     worst = max(rows, key=lambda row: row.held_by_task)
     return Finding(
@@ -179,14 +262,27 @@ def _several_by_one_task(s: PoolSnapshot) -> Finding | None:
         f'task "{worst.task}" holds {worst.held_by_task} connections',
         (_list("Held", rows),),
         f'Task "{worst.task}" holds {worst.held_by_task} connections; pass the first one down.',
-    )
+    ), len(rows)
+
+
+_KINDS: tuple[Callable[[PoolSnapshot], _Kind], ...] = (_nested, _leaked, _several_by_one_task)
+
+
+# --- what else makes them short -----------------------------------------------------------------
 
 
 def _hardly_used(s: PoolSnapshot) -> Finding | None:
+    load = s.load
+    always = load.mean_held_seconds >= HELD_LONG and load.used_share < HARDLY_USED
     rows = [
-        row for row in s.checkouts if row.held_seconds >= HELD_LONG and row.used_share < HARDLY_USED
+        row
+        for row in s.checkouts
+        if row.used_share < HARDLY_USED
+        and (_is_long(row.held_seconds, s, always) or row.suspected_leak)
+        and not _is_leaked(row)
+        and not row.task_waits
     ]
-    if s.in_use < s.max or len(rows) * 2 < s.in_use:
+    if not rows or not _is_full(s) or not _is_most(len(rows), s):
         return None
     sites = Counter(row.site for row in rows)
     lines = ", ".join(f"{site} ({n}x)" if n > 1 else site for site, n in sites.most_common(_NAMED))
@@ -206,14 +302,19 @@ def _hardly_used(s: PoolSnapshot) -> Finding | None:
 
 
 def _running(s: PoolSnapshot) -> Finding | None:
-    rows = [row for row in s.checkouts if row.status == "running a query"]
-    long = [row for row in rows if row.status_seconds >= HELD_LONG]
-    if s.in_use < s.max or len(long) * 2 < s.in_use:
+    load = s.load
+    always = load.mean_held_seconds >= HELD_LONG and load.used_share >= 0.5
+    rows = [
+        row
+        for row in s.checkouts
+        if row.status == "running a query" and _is_long(row.status_seconds, s, always)
+    ]
+    if not rows or not _is_full(s) or not _is_most(len(rows), s):
         return None
     return Finding(
         "slow-queries",
         "all connections are in use, most by queries that take long",
-        (_list("Running longest", sorted(long, key=lambda row: -row.status_seconds)),),
+        (_list("Running longest", sorted(rows, key=lambda row: -row.status_seconds)),),
         "Look at what the server does: pg_stat_activity by these process numbers, pg_locks,"
         " EXPLAIN. statement_timeout bounds them.",
     )
@@ -221,11 +322,11 @@ def _running(s: PoolSnapshot) -> Finding | None:
 
 def _too_small(s: PoolSnapshot) -> Finding | None:
     load = s.load
-    if s.in_use < s.max or not load.released or load.window_seconds < 0.5:
+    if not _is_full(s) or not load.released or load.window_seconds < 0.5:
         return None
     # Little's law: connections in use = arrivals per second x seconds that each is held. Those
-    # who wait have arrived too.
-    arrivals = (load.acquires + s.waiting) / load.window_seconds
+    # who wait, and those who did so in vain, have arrived too.
+    arrivals = (load.acquires + load.gave_up + s.waiting) / load.window_seconds
     needed = arrivals * load.mean_held_seconds
     if needed <= s.max:
         return None
@@ -234,7 +335,8 @@ def _too_small(s: PoolSnapshot) -> Finding | None:
         f"max_size={s.max} is too small for the load",
         (
             f"In the last {load.window_seconds:.1f} s {arrivals:.0f} acquires came per second, each"
-            f" held for {load.mean_held_seconds * 1000:.1f} ms: that keeps {needed:.1f} connections"
+            f" held for {load.mean_held_seconds * 1000:.1f} ms,"
+            f" {load.used_share * 100:.0f} % of it in queries: that keeps {needed:.1f} connections"
             f" busy (Little's law), and there are {s.max}.",
         ),
         f"Hold connections for a shorter time, or set max_size to {ceil(needed * 1.2)} if the"
@@ -242,48 +344,46 @@ def _too_small(s: PoolSnapshot) -> Finding | None:
     )
 
 
-def _in_use(s: PoolSnapshot) -> Finding | None:
-    if s.in_use < s.max:
-        return None
-    states = Counter(row.status for row in s.checkouts)
-    kinds = ", ".join(f"{n} {status}" for status, n in states.most_common())
-    return Finding(
-        "all-in-use",
-        "all connections are in use",
-        (f"{kinds}." if kinds else "", _list("Longest", s.checkouts)),
-        "Keep a connection only while it works: not across HTTP calls or streams.",
-    )
-
-
 def _growing(s: PoolSnapshot) -> Finding | None:
-    if s.total >= s.max or s.idle or s.last_error is not None:
+    if s.total >= s.max or s.idle or s.last_error is not None or not s.connecting:
         return None
-    if not s.waiting and not s.connecting:
-        return None
-    if s.connecting:
-        said = f"{_number(s.connecting, 'connection attempt')} had no answer from the server yet."
-    else:
-        said = "A connection was about to be made."
     return Finding(
         "growing",
         "the pool is still making connections",
-        (said,),
+        (f"{_number(s.connecting, 'connection attempt')} had no answer from the server yet.",),
         "If it is always so, give min_size more connections to start with; if the server is slow"
         " to log in, look at what stands between.",
     )
 
 
 _RULES: tuple[Callable[[PoolSnapshot], Finding | None], ...] = (
-    _self_deadlock,
-    _server,
-    _stalled,
-    _leaked,
-    _several_by_one_task,
     _hardly_used,
     _running,
     _too_small,
     _growing,
 )
+
+
+# --- what is known where the cause is not -------------------------------------------------------
+
+
+def _in_use(s: PoolSnapshot) -> Finding | None:
+    if not _is_full(s):
+        return None
+    states = Counter(row.status for row in s.checkouts)
+    kinds = ", ".join(f"{n} {status}" for status, n in states.most_common())
+    evidence = [f"{kinds}." if kinds else "", _list("Longest", s.checkouts)]
+    if s.waited_seconds:
+        evidence.append("Why none of them came back in time is not known.")
+    return Finding(
+        "all-in-use",
+        "all connections are in use",
+        tuple(evidence),
+        "Keep a connection only while it works: not across HTTP calls or streams.",
+    )
+
+
+_UNKNOWN = Finding("unknown", "no connection became free", ("What kept them is not known.",), "")
 
 
 def _list(word: str, rows: Iterable[CheckoutRow]) -> str:

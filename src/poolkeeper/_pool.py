@@ -17,13 +17,11 @@ import logging
 import sys
 import weakref
 from asyncio import _get_running_loop, current_task
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from contextvars import copy_context
 from enum import StrEnum
 from functools import partial
-from itertools import islice
 from math import modf
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
@@ -57,8 +55,9 @@ from ._connection import (
 from ._conninfo import normalise, parse
 from ._failover import Failover
 from ._health import Question
+from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
-from ._where import Behalf, Place, site
+from ._where import Behalf, Place
 from .errors import (
     AcquireTimeout,
     ClosedError,
@@ -171,6 +170,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._wanted = False  # by somebody who does not wait for it, or not any more
         self._oversized = False  # there are more than max_size, for it was lowered
         self._last_storm = 0.0
+        self._last_moment: Moment | None = None
         self._outage_told = False
         self._leak_timer: asyncio.TimerHandle | None = None
         self._slow_callbacks: SlowCallbacks | None = None
@@ -246,92 +246,59 @@ class BoundPool(_compat.TellingPool[ACT]):
         """Return who holds a connection, longest first."""
         return self._ledger.longest_first()
 
-    def snapshot(self, gave_up: asyncio.Task[Any] | None = None) -> _facts.PoolSnapshot:
-        """
-        Return the facts of this moment. Never touches the network.
-
-        Args:
-            gave_up: A task that has waited until now.
-        """
+    def snapshot(self) -> _facts.PoolSnapshot:
+        """Return the facts of this moment. Never touches the network."""
         if self._binding is None or self._binding.dead:
             return _facts.PoolSnapshot(
                 self.name, self.state.value, 0, 0, 0, self.max_size, 0, self.min_size
             )
+        return self._moment().snapshot()
+
+    def _moment(self, gave_up: Container[asyncio.Task[Any] | None] = ()) -> Moment:
+        """
+        Note the facts of this moment.
+
+        Args:
+            gave_up: Tasks that have waited until now.
+        """
         now = monotonic()
         held = self._ledger.longest_first()
-        holds = Counter(checkout.task for checkout in held)
         idle = len(self._idle)
         others = self._counts_between()
         connector = self._connector
         error = connector.last_error
-        return _facts.PoolSnapshot(
-            name=self.name,
-            state=self.state.value,
-            total=len(held) + idle + others["returning"] + others["checking"],
-            in_use=len(held),
-            idle=idle,
-            max=self.max_size,
-            waiting=len(self._line),
-            min=self.min_size,
-            **others,
-            opened=str(self.opened),
-            checkouts=tuple(
-                row
-                for checkout in held
-                if (row := self._checkout_row(checkout, holds, now, gave_up))
-            ),
-            waiters=tuple(_waiter_row(w, holds, now) for w in islice(self._line, 100)),
-            steps=self._between.rows(),
-            connecting=connector.pending - self._configuring,
-            attempts_failed=connector.failures,
-            last_error=_recovery.reason(error) if error else None,
-            last_error_advice=_recovery.advice(error) if error else "",
-            last_error_seconds=now - connector.last_failed if error else 0.0,
-            failing_seconds=now - connector.failing_since if error else 0.0,
-            next_attempt_seconds=connector.next_attempt_seconds,
-            stalled_seconds=self._clock.longest_stall(30.0),
-            stalled_by=self._slow_callbacks.last if self._slow_callbacks else "",
-            load=self._ledger.load(),
+        return Moment(
+            now,
+            {
+                "name": self.name,
+                "state": self.state.value,
+                "total": len(held) + idle + others["returning"] + others["checking"],
+                "in_use": len(held),
+                "idle": idle,
+                "max": self.max_size,
+                "waiting": len(self._line),
+                "min": self.min_size,
+                **others,
+                "opened": self.opened,
+                "steps": self._between.rows(),
+                "connecting": connector.pending - self._configuring,
+                "attempts_failed": connector.failures,
+                "last_error": _recovery.reason(error) if error else None,
+                "last_error_advice": _recovery.advice(error) if error else "",
+                "last_error_seconds": now - connector.last_failed if error else 0.0,
+                "failing_seconds": now - connector.failing_since if error else 0.0,
+                "next_attempt_seconds": connector.next_attempt_seconds,
+                "stalled_by": self._slow_callbacks.last if self._slow_callbacks else "",
+            },
+            note_held(held, self._line.tasks, gave_up),
+            note_waiting(self._line.first(100)),
+            self._ledger.load(),
+            self._clock.stalls,
         )
 
-    def _checkout_row(
-        self,
-        checkout: Checkout,
-        holds: Counter[asyncio.Task[Any] | None],
-        now: float,
-        gave_up: asyncio.Task[Any] | None,
-    ) -> _facts.CheckoutRow | None:
-        session, task = checkout.session, checkout.task
-        if session is None or task is None:
-            return None  # given back just now: this is another thread
-        pgconn = session.pgconn
-        running = checkout.busy_since > 0.0
-        if running:
-            status = "running a query"
-        elif pgconn.transaction_status in (IDLE, UNKNOWN):
-            status = "idle"
-        else:
-            status = "idle in transaction"
-        return _facts.CheckoutRow(
-            task=task.get_name(),
-            site=site(checkout.code, checkout.lineno),
-            held_seconds=now - checkout.since,
-            query_seconds=checkout.busy_seconds + (now - checkout.busy_since if running else 0.0),
-            status=status,
-            status_seconds=now - (checkout.busy_since or checkout.changed_at),
-            backend_pid=pgconn.backend_pid if pgconn.status != BAD else 0,
-            held_by_task=holds[task],
-            # A block outlives its task if it is a generator's, which was handed on (pytest's
-            # fixtures, dependencies of Litestar) and is not lost: the collector would end it.
-            task_done=task.done() and not checkout.structured,
-            task_waits=task in self._line.tasks or task is gave_up,
-            suspected_leak=checkout.reported,
-            stack=checkout.stack_text(),
-        )
-
-    def diagnose(self, gave_up: asyncio.Task[Any] | None = None) -> _facts.Diagnosis:
+    def diagnose(self) -> _facts.Diagnosis:
         """Return why connections are short, from a `snapshot()` of this moment."""
-        return _facts.diagnose(self.snapshot(gave_up))
+        return _facts.diagnose(self.snapshot())
 
     @override
     def __repr__(self) -> str:
@@ -440,7 +407,9 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._binding = binding
         loop = asyncio.get_running_loop()
         self._context = copy_context()
-        self._clock = LineClock(loop, self._line, self._time_out, self._help_growth)
+        self._clock = LineClock(
+            loop, self._line, self._time_out, self._help_growth, self._end_deadlock
+        )
         self._connector = Connector(self, loop)
         self._failover = Failover(self)
         if loop.get_debug():
@@ -755,7 +724,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         session.checkout = conn._checkout = checkout
         conn._pool = self
         if self._leak_threshold is None:
-            self._held.add(checkout)
+            self._held[checkout] = None
         else:
             self._ledger.begins(checkout, frame.f_back if isinstance(frame, Behalf) else frame)
         return conn
@@ -813,8 +782,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             raise self._acquire_timeout(timeout)
         waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
         if self._ledger.completes_deadlock(waiter.task, line, self.max_size, timeout):
-            _compat.count(self, self._REQUESTS_ERRORS)
-            raise self._self_deadlock(waiter)
+            waiter.suspected = waiter.since
         line.append(waiter)
         self._requests_queued += 1
         if _compat.total(self) < self.max_size or self._connector.wanted:
@@ -831,6 +799,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             _compat.count(self, self._REQUESTS_ERRORS)
             raise
         finally:
+            self._clock.forget(waiter)
             self._wait_seconds += monotonic() - waiter.since
         if self._state is not _OPEN and self._state is not _OPENING:
             conn.pgconn.finish()
@@ -847,43 +816,60 @@ class BoundPool(_compat.TellingPool[ACT]):
         """Start psycopg_pool's tasks again if somebody has cancelled them."""
         self._context.copy().run(_compat.mend, self)
 
-    def _time_out(self, waiter: Waiter) -> None:
-        self._line.leave(waiter)
-        if not waiter.future.done():
-            waiter.refuse(self._acquire_timeout(waiter.timeout, waiter.task))
+    def _time_out(self, waiters: list[Waiter]) -> None:
+        """Tell all of *waiters* that their time is up, and why."""
+        for waiter in waiters:
+            self._line.leave(waiter)
+        self._ledger.gave_up(len(waiters))
+        moment = self._moment({waiter.task for waiter in waiters})
+        for waiter in waiters:
+            waited = moment.when - waiter.since
+            waiter.refuse(self._acquire_timeout(waiter.timeout, waited, moment))
 
     def _acquire_timeout(
-        self, timeout: float, gave_up: asyncio.Task[Any] | None = None
+        self, timeout: float, waited: float = 0.0, moment: Moment | None = None
     ) -> AcquireTimeout:
-        diagnosis = self.diagnose(gave_up)
-        summary = diagnosis.summary if diagnosis.findings else "none was free"
-        error = AcquireTimeout(
-            f'could not acquire a connection from pool "{self.name}" within {timeout:.2f} s:'
-            f" {summary}",
-            detail=diagnosis.detail,
-            hint=f"{diagnosis.advice} {see('acquire-timeout')}".strip(),
-            diagnosis=diagnosis,
-        )
+        """
+        Return why an acquire has failed, in words that are found when they are read.
+
+        Args:
+            timeout: How long it was to wait.
+            waited: How long it did.
+            moment: What is known by now.
+        """
+        now = monotonic()
+        if moment is None:
+            moment = self._last_moment
+            # Who tries again and again would spend more time on the reasons than on the tries.
+            if (
+                moment is None
+                or now - moment.when > FRESH
+                or not moment.is_of(self.counts(), self._ledger.last_began)
+            ):
+                moment = self._last_moment = self._moment()
+        error = AcquireTimeout.told_later(partial(moment.account, timeout, waited))
         cause = self._connector.last_error
         if cause is not None:
             error.__cause__ = cause.with_traceback(None)
-        now = monotonic()
         if now - self._last_storm > STORM:
             logger.warning("%s", error)
         self._last_storm = now
         return error
 
-    def _self_deadlock(self, waiter: Waiter) -> SelfDeadlockError:
-        # As it would be if the task did wait.
-        self._line.append(waiter)
-        diagnosis = self.diagnose()
+    def _end_deadlock(self, waiter: Waiter) -> None:
+        """Tell the one who completed a self-deadlock, if nobody has stopped waiting since."""
+        if not self._ledger.deadlock_lasts(self._line, self.max_size, waiter.suspected):
+            return
+        moment = self._moment()
         self._line.leave(waiter)
-        return SelfDeadlockError(
+        diagnosis = _facts.diagnose(moment.snapshot(moment.when - waiter.since))
+        error = SelfDeadlockError(
             f'cannot acquire a connection from pool "{self.name}": {diagnosis.summary}',
             detail=diagnosis.detail,
             hint=f"{diagnosis.advice} {see('self-deadlock')}",
             diagnosis=diagnosis,
         )
+        waiter.refuse(error)
 
     # --- liveness -------------------------------------------------------------------------
 
@@ -1775,14 +1761,3 @@ def _was_ended(conn: Any) -> bool:
     except psycopg.OperationalError:
         return True
     return bool(conn.pgconn.status == BAD)
-
-
-def _waiter_row(
-    waiter: Waiter, holds: Counter[asyncio.Task[Any] | None], now: float
-) -> _facts.WaiterRow:
-    return _facts.WaiterRow(
-        task=waiter.task.get_name() if waiter.task else "",
-        site=site(waiter.code, waiter.lineno),
-        waited_seconds=now - waiter.since,
-        holds=holds[waiter.task] if waiter.task else 0,
-    )

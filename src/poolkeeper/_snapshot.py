@@ -41,7 +41,10 @@ class CheckoutRow:
     """True if the task has ended without giving it back, and no block of its own will."""
 
     task_waits: bool = False
-    """True if the task waits for one more connection."""
+    """True if the task waits for one more connection, or has just given up."""
+
+    in_block: bool = True
+    """True if a block of its task's gives it back; what ``getconn()`` took, anybody may."""
 
     suspected_leak: bool = False
     """True if it is held for longer than ``leak_threshold``."""
@@ -100,6 +103,9 @@ class LoadRow:
     query_seconds: float
     """Sum of the time that those given back spent waiting for the server."""
 
+    gave_up: int = 0
+    """Tasks that have waited in vain."""
+
     @property
     def arrivals_per_second(self) -> float:
         """Acquires per second."""
@@ -109,6 +115,11 @@ class LoadRow:
     def mean_held_seconds(self) -> float:
         """Mean time that a connection was held."""
         return self.held_seconds / self.released if self.released else 0.0
+
+    @property
+    def used_share(self) -> float:
+        """Share of the held time that was spent waiting for the server, 0 to 1."""
+        return min(1.0, self.query_seconds / self.held_seconds) if self.held_seconds > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +182,20 @@ class PoolSnapshot:
     next_attempt_seconds: float | None = None
     """Seconds until the next attempt; None if none is due."""
 
+    waited_seconds: float = 0.0
+    """
+    How long the task has waited whose time-out this is about; of a snapshot that was asked for,
+    how long the first in line waits.
+    """
+
     stalled_seconds: float = 0.0
-    """Longest time that the owner loop did not run while somebody waited lately."""
+    """For how much of that time the owner loop did not run."""
 
     stalled_by: str = ""
     """What ran meanwhile, where asyncio's debug mode knows."""
 
     load: LoadRow = field(default_factory=lambda: LoadRow(0.0, 0, 0, 0.0, 0.0))
+    """While that task waited; of a snapshot that was asked for, lately."""
 
     def numbers(self) -> str:
         """Return the five numbers, in their order; then those of the other three that are not 0."""

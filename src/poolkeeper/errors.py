@@ -8,11 +8,13 @@ existing code already catches for the same trouble.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psycopg
 import psycopg_pool
+from typing_extensions import override
 
 from . import _facts
 
@@ -118,18 +120,74 @@ class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):
     diagnosis: _facts.Diagnosis | None
     """Why: the likely cause, its evidence and the snapshot it was made from."""
 
+    _tell: Callable[[], tuple[str, str, str, _facts.Diagnosis]]
+    """What finds the words, from facts of the moment in which it was made; gone when it has."""
+
     def __init__(
         self, message: str = "", *, diagnosis: _facts.Diagnosis | None = None, **fields: Any
     ) -> None:
         super().__init__(message, **fields)
         self.diagnosis = diagnosis
 
+    @classmethod
+    def told_later(cls, tell: Callable[[], tuple[str, str, str, _facts.Diagnosis]]) -> Self:
+        """
+        Return an error that looks for its words when somebody reads it.
+
+        Most are caught for what they are, and to find the words costs more than the refusal.
+        """
+        error = cls()
+        for name in _TOLD:
+            del error.__dict__[name]
+        error._tell = tell
+        return error
+
+    def _find_words(self) -> None:
+        if (tell := self.__dict__.get("_tell")) is not None:
+            message, self.detail, self.hint, self.diagnosis = tell()
+            _ARGS.__set__(self, (message,))
+            self.__dict__.pop("_tell", None)  # another thread may have read it meanwhile
+
+    if not TYPE_CHECKING:  # for it, these are what they are for every exception
+
+        @property
+        def args(self):
+            """What every exception has: the message."""
+            self._find_words()
+            return _ARGS.__get__(self)
+
+        @args.setter
+        def args(self, args):
+            self._find_words()
+            _ARGS.__set__(self, args)
+
+        def __getattr__(self, name):
+            if name in _TOLD and "_tell" in self.__dict__:
+                self._find_words()
+                return self.__dict__[name]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @override
+    def __repr__(self) -> str:
+        self._find_words()
+        return super().__repr__()
+
+    @override
+    def __reduce__(self) -> Any:
+        self._find_words()
+        return super().__reduce__()
+
+
+_ARGS: Any = BaseException.args
+_TOLD = ("detail", "hint", "diagnosis")
+
 
 class SelfDeadlockError(AcquireTimeout):
     """
-    Every connection is held by a task that waits for one more, and the caller would be the last.
+    Every connection is held by a task that waits for one more, and the caller was the last.
 
-    Raised at once: waiting could only end in time-outs.
+    Raised within a second, if none of them has stopped waiting by then: more time could only end
+    in time-outs.
     """
 
 

@@ -1,5 +1,5 @@
 """
-Self-deadlock is raised at once by the task that completes it, and by nobody else.
+Self-deadlock is raised soon by the task that completes it, and by nobody else.
 
 It is complete when each connection is held by a block of a task that waits for one more itself.
 """
@@ -353,3 +353,60 @@ async def test_hundreds_of_tasks_that_use_one_connection_each(pool_of: Any) -> N
             return int((await cursor.fetchone())[0])
 
     assert await asyncio.gather(*(work() for _ in range(300))) == [1] * 300
+
+
+async def test_a_holder_whose_wait_ends_by_itself(pool_of: Any) -> None:
+    """In a time-out of its own, which the pool knows nothing of: it goes on without."""
+    db = await pool_of(2)
+    hold = asyncio.Barrier(2)
+
+    async def try_for_more() -> str:
+        async with db.connection():
+            await hold.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await db.fetchval("select 1")
+                return "had two"
+            return "did without"
+
+    async def nest() -> int:
+        async with db.connection():
+            await hold.wait()
+            await until(lambda: len(db.pool._line) == 1)
+            return int(await db.fetchval("select 1"))
+
+    assert await asyncio.gather(try_for_more(), nest()) == ["did without", 1]
+
+
+async def test_a_holder_that_begins_to_wait_anew(pool_of: Any) -> None:
+    """It has done something in between, and may go on without the next time."""
+    db = await pool_of(2)
+    hold = asyncio.Barrier(2)
+
+    async def try_often() -> str:
+        async with db.connection():
+            await hold.wait()
+            for _ in range(6):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await db.fetchval("select 1")
+                    return "had two"
+            return "did without"
+
+    async def nest() -> int:
+        async with db.connection():
+            await hold.wait()
+            await until(lambda: len(db.pool._line) == 1)
+            return int(await db.fetchval("select 1"))
+
+    assert await asyncio.gather(try_often(), nest()) == ["did without", 1]
+
+
+async def test_a_short_time_out_is_kept_to_and_names_the_deadlock(pool_of: Any) -> None:
+    db = await pool_of(1)
+    async with db.connection():
+        with pytest.raises(AcquireTimeout) as caught:
+            await db.fetchval("select 1", timeout=0.1)
+    assert type(caught.value) is AcquireTimeout
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.cause == "self-deadlock"

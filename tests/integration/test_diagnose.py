@@ -145,6 +145,29 @@ async def test_one_task_that_holds_several(make_manager: MakeManager) -> None:
     assert {row.held_by_task for row in error.diagnosis.snapshot.checkouts} == {3}
 
 
+async def test_tasks_that_hold_and_wait_for_another_one(make_manager: MakeManager) -> None:
+    """The other holder would end a deadlock, and is not what is waited for."""
+    db = await opened(make_manager, 4, timeout=1.2)
+
+    async def nest(conn: Any) -> None:
+        await conn.execute("select 1")
+        await asyncio.sleep(0.1)
+        await db.fetchval("select 2")
+
+    calling = await start(db, 1, lambda conn: asyncio.sleep(30))
+    nesting = await start(db, 3, nest)
+    done, _ = await asyncio.wait(nesting, return_when=asyncio.FIRST_COMPLETED)
+    error = done.pop().exception()
+    await end(calling + nesting)
+    assert isinstance(error, AcquireTimeout)
+    assert error.diagnosis is not None
+    assert error.diagnosis.cause == "nested-acquire"
+    first, detail, hint = str(error).splitlines()
+    assert first.endswith("3 of 4 connections are held by tasks that wait for another one")
+    assert detail.count(f"{HERE}:") == 3
+    assert "Pass the connection that a task holds down" in hint
+
+
 async def test_a_leak_by_a_task_that_has_ended(make_manager: MakeManager) -> None:
     db = await opened(make_manager, 1)
     kept: list[Any] = []
@@ -183,10 +206,30 @@ async def test_a_connection_that_a_generator_hands_on_is_no_leak(
 
 async def test_a_leak_that_the_threshold_found(make_manager: MakeManager) -> None:
     db = await opened(make_manager, 1, leak_threshold=0.05)
-    async with db.connection():
-        error = await asyncio.create_task(timed_out(db, 0.3))
+    conn = await db.pool.getconn()
+    error = await asyncio.create_task(timed_out(db, 0.3))
+    await db.pool.putconn(conn)
     assert error.diagnosis is not None
     assert error.diagnosis.cause == "suspected-leak"
+
+
+async def test_what_a_block_holds_is_no_leak_however_long_it_takes(
+    make_manager: MakeManager,
+) -> None:
+    """It is given back when the block ends, and the cause is what goes on in it."""
+    db = await opened(make_manager, 1, leak_threshold=0.2)
+    tasks = await start(db, 1, lambda conn: conn.execute("select pg_sleep(30)"))
+    error = await timed_out(db, LONG)
+    await end(tasks)
+    assert error.diagnosis is not None
+    assert error.diagnosis.snapshot.checkouts[0].suspected_leak
+    assert error.diagnosis.cause == "slow-queries"
+    assert "given back" not in str(error)
+    tasks = await start(db, 1, lambda conn: asyncio.sleep(30))
+    error = await timed_out(db, 0.5)
+    await end(tasks)
+    assert error.diagnosis is not None
+    assert error.diagnosis.cause == "held-but-hardly-used"
 
 
 async def test_the_server_is_away(make_manager: MakeManager, proxy: FaultProxy) -> None:

@@ -298,7 +298,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
             caught.value,
             """
             could not acquire a connection from pool "orders" within N s: all connections are in use
-            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE, held N s, in queries N s, idle (server process N).
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE, held N s, in queries N s, idle (server process N). Why none of them came back in time is not known.
             HINT:  Keep a connection only while it works: not across HTTP calls or streams. See DOCS#acquire-timeout
             """,  # noqa: E501
         )

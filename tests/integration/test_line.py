@@ -7,12 +7,15 @@ import gc
 import random
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from time import monotonic
-from typing import Any
+from types import FrameType, FunctionType, ModuleType
+from typing import Any, cast
 
 import pytest
+from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, TooManyRequests
 
 from poolkeeper import AcquireTimeout, PoolManager, TooManyWaitersError
@@ -292,6 +295,147 @@ async def test_after_a_stall_patience_ends_soon(
     with pytest.raises(AcquireTimeout):
         await waiter
     assert monotonic() - begin < AT_ONCE
+
+
+# --- many whose patience ends together ----------------------------------------------------------
+
+
+async def worst_stall(work: Awaitable[Any]) -> tuple[Any, float]:
+    """Return what comes of *work*, and for how long the loop stood still meanwhile at worst."""
+    worst = 0.0
+
+    async def beat() -> None:
+        nonlocal worst
+        while True:
+            before = monotonic()
+            await asyncio.sleep(0.01)
+            worst = max(worst, monotonic() - before - 0.01)
+
+    beating = asyncio.create_task(beat())
+    try:
+        return await work, worst
+    finally:
+        beating.cancel()
+        await ended(beating)
+
+
+async def test_ten_thousand_time_outs_do_not_stop_the_loop_and_name_the_cause(
+    make_manager: MakeManager,
+) -> None:
+    """It stood still for ten seconds and more, and most were told of that as the cause."""
+    number = 10_000
+    db = make_manager(min_size=20, max_size=20, name="orders", timeout=2)
+    await db.open()
+    go_on = asyncio.Event()
+
+    async def hold() -> None:
+        async with db.connection() as conn:
+            await conn.execute("select 1")
+            await go_on.wait()  # an HTTP call, say
+
+    holders = [asyncio.create_task(hold()) for _ in range(20)]
+    await until(lambda: db.snapshot().in_use == 20)
+    tasks = [asyncio.create_task(db.fetchval("select 1")) for _ in range(number)]
+    await until(lambda: len(db.pool._line) == number)
+    errors, stall = await worst_stall(ended(*tasks))
+    go_on.set()
+    await asyncio.gather(*holders)
+    assert stall < 2
+    assert {type(error) for error in errors} == {AcquireTimeout}
+    assert len({id(error) for error in errors}) == number
+    assert Counter(error.diagnosis.cause for error in errors) == {"held-but-hardly-used": number}
+    # Few facts, shared by many.
+    assert len({id(error.diagnosis) for error in errors}) < number / 10
+    assert nobody_waits(db)
+
+
+async def test_a_load_that_is_too_much_is_named_by_all_who_give_up(
+    make_manager: MakeManager,
+) -> None:
+    """The last of them, too, when the others have left the line."""
+    db = make_manager(min_size=5, max_size=5, name="orders", timeout=2)
+    await db.open()
+
+    async def work() -> None:
+        async with db.connection() as conn:
+            await conn.execute("select pg_sleep(0.05)")
+
+    results, stall = await worst_stall(ended(*(asyncio.create_task(work()) for _ in range(3000))))
+    assert stall < 2
+    errors = [error for error in results if error is not None]
+    assert len(errors) > 1000
+    assert {error.diagnosis.cause for error in errors} == {"too-small"}
+
+
+async def test_a_refusal_whose_reason_nobody_reads_costs_little(
+    one: PoolManager[Any], hold: Callable[[], Awaitable[Any]]
+) -> None:
+    await hold()
+    waiting = [asyncio.create_task(one.pool.getconn()) for _ in range(1000)]
+    await until(lambda: len(one.pool._line) == 1000)
+    begin = time.process_time()
+    for _ in range(1000):
+        with suppress(AcquireTimeout):
+            await one.pool.getconn(timeout=0)
+    assert time.process_time() - begin < 0.4  # it was 0.8 ms for each
+    for task in waiting:
+        task.cancel()
+    await ended(*waiting)
+
+
+async def test_a_reason_is_of_the_moment_of_the_refusal_whenever_it_is_read(
+    make_manager: MakeManager,
+) -> None:
+    db = make_manager(min_size=2, max_size=2, name="orders", timeout=30)
+    await db.open()
+
+    async def refused() -> AcquireTimeout:
+        with pytest.raises(AcquireTimeout) as caught:
+            await db.pool.getconn(timeout=0)
+        return caught.value
+
+    async def hold(name: str) -> Any:
+        return await asyncio.create_task(db.pool.getconn(), name=name)
+
+    first, second = await hold("a"), await hold("b")
+    before = await refused()
+    await db.pool.putconn(first)
+    third = await hold("c")
+    after = await refused()  # in the same millisecond
+    await db.pool.putconn(second)
+    await db.pool.putconn(third)
+    for error, names in ((before, ["a", "b"]), (after, ["b", "c"])):
+        assert error.diagnosis is not None
+        assert [row.task for row in error.diagnosis.snapshot.checkouts] == names
+        assert "in_use=2" in str(error)
+
+
+async def test_an_error_keeps_neither_task_nor_connection(
+    one: PoolManager[Any], hold: Callable[[], Awaitable[Any]]
+) -> None:
+    """Read or not: it may be kept for long."""
+    await hold()
+    errors = []
+    for _ in range(2):
+        task = asyncio.create_task(one.pool.getconn(timeout=0.01))
+        await ended(task)
+        errors.append(cast(AcquireTimeout, task.exception()).with_traceback(None))
+    assert "all connections are in use" in str(errors[0])
+    reached = {type(found) for error in errors for found in everything_in(error)}
+    assert not {t for t in reached if issubclass(t, asyncio.Future | AsyncConnection | FrameType)}
+
+
+def everything_in(thing: object) -> list[object]:
+    """Return what *thing* keeps alive, modules, classes and functions aside."""
+    found: dict[int, object] = {}
+    queue = [thing]
+    while queue:
+        one = queue.pop()
+        if id(one) in found or isinstance(one, type | ModuleType | FunctionType):
+            continue
+        found[id(one)] = one
+        queue += gc.get_referents(one)
+    return list(found.values())
 
 
 # --- how many may wait --------------------------------------------------------------------------

@@ -40,6 +40,11 @@ class FakeLoop:
         self._timers.append(timer)
         return timer
 
+    def call_soon(
+        self, callback: Callable[[], object], *, context: Context | None = None
+    ) -> FakeTimer:
+        return self.call_later(0.0, callback)
+
     def create_task(
         self, work: Coroutine[Any, Any, Any], *, name: str | None = None
     ) -> asyncio.Task[Any]:

@@ -118,11 +118,11 @@ async def test_the_line_knows_the_tasks_that_wait(line: Line) -> None:
 
     tasks = [asyncio.create_task(wait()) for _ in range(5)]
     first, second, *_ = await asyncio.gather(*tasks)
-    assert line.tasks == set(tasks)
+    assert set(line.tasks) == set(tasks)
     assert line.popleft() is first
     line.leave(second)
     line.offer("conn")
-    assert line.tasks == set(tasks[3:])
+    assert set(line.tasks) == set(tasks[3:])
     line.refuse_all(ClosedError("closed"))
     assert not line.tasks
     line.append(first)
@@ -193,16 +193,13 @@ async def test_the_line_can_be_cleared_without_a_word(line: Line, join: MakeWait
     assert not any(waiter.future.done() for waiter in waiters)
 
 
-async def test_those_who_leave_while_the_line_is_read_do_no_harm(
-    line: Line, join: MakeWaiters
-) -> None:
-    waiters = join(3)
-    seen = []
-    for waiter in line:
-        seen.append(waiter)
-        line.leave(waiter)
-    assert seen == waiters
-    assert not line
+async def test_the_first_of_the_line_are_shown(line: Line, join: MakeWaiters) -> None:
+    waiters = join(5)
+    assert line.first(3) == waiters[:3]
+    assert line.first(100) == waiters
+    line.leave(waiters[1])
+    assert line.first(2) == [waiters[0], waiters[2]]
+    assert Line().first(3) == []
 
 
 async def test_a_storm_of_leavers_costs_as_little_each_as_one(
@@ -237,15 +234,36 @@ class Queue:
     def __init__(self, loop: FakeLoop) -> None:
         self.loop = loop
         self.line = Line()
-        self.clock = LineClock(loop, self.line, self._expire)  # type: ignore[arg-type]
+        self.clock = LineClock(
+            loop,  # type: ignore[arg-type]
+            self.line,
+            self._expire,
+            deadlock=self._deadlocked,
+        )
         self.expired: list[tuple[Waiter, float]] = []
+        self.slices: list[int] = []
+        self.work = 0.0
+        """Seconds that it takes to tell them."""
+        self.deadlocked: list[tuple[Waiter, float]] = []
+        self.believed = True
 
-    def _expire(self, waiter: Waiter) -> None:
-        self.line.leave(waiter)
-        self.expired.append((waiter, self.loop.now))
+    def _expire(self, waiters: list[Waiter]) -> None:
+        self.slices.append(len(waiters))
+        for waiter in waiters:
+            self.line.leave(waiter)
+            self.expired.append((waiter, self.loop.now))
+        self.loop.now += self.work
 
-    def join(self, timeout: float) -> Waiter:
+    def _deadlocked(self, waiter: Waiter) -> None:
+        self.deadlocked.append((waiter, self.loop.now))
+        if self.believed:
+            self.line.leave(waiter)
+            waiter.refuse(TimeoutError())
+
+    def join(self, timeout: float, suspected: bool = False) -> Waiter:
         waiter = a_waiter(timeout, self.loop.now)
+        if suspected:
+            waiter.suspected = self.loop.now
         self.line.append(waiter)
         self.clock.watch(waiter)
         return waiter
@@ -330,14 +348,14 @@ async def test_a_clock_that_was_stopped_ticks_no_more(queue: Queue) -> None:
 
 
 async def test_a_stall_is_given_back(queue: Queue) -> None:
+    begin = queue.loop.now
     waiter = queue.join(1.0)
-    deadline = waiter.deadline
     queue.loop.stand_still(0.65)  # the look was due after 0.25 s
-    assert waiter.deadline == pytest.approx(deadline + 0.4)
     queue.loop.pass_time(0.7)
     assert not queue.expired
     queue.loop.pass_time(0.1)
     assert [w for w, _ in queue.expired] == [waiter]
+    assert waiter.deadline == pytest.approx(begin + 1.4)
 
 
 async def test_a_stall_does_not_expire_a_waiter_that_could_not_be_served(queue: Queue) -> None:
@@ -347,12 +365,24 @@ async def test_a_stall_does_not_expire_a_waiter_that_could_not_be_served(queue: 
     assert waiter.deadline > queue.loop.now
 
 
+async def test_a_stall_that_was_before_a_wait_is_not_given_back(queue: Queue) -> None:
+    begin = queue.loop.now
+    queue.join(30.0)
+    queue.loop.stand_still(0.65)
+    waiter = queue.join(1.0)
+    queue.loop.pass_time(1.1)
+    assert [w for w, _ in queue.expired] == [waiter]
+    assert waiter.deadline == begin + 1.65
+
+
 async def test_a_delay_that_is_no_stall_is_not_given_back(queue: Queue) -> None:
     waiter = queue.join(1.0)
     deadline = waiter.deadline
     queue.loop.stand_still(LineClock.TICK + 0.09)
+    assert queue.clock.stalls == ()
+    queue.loop.pass_time(1.0)
+    assert [w for w, _ in queue.expired] == [waiter]
     assert waiter.deadline == deadline
-    assert queue.clock.longest_stall(30.0) == 0.0
 
 
 async def test_the_time_given_back_is_bounded_however_often_the_loop_stalls(queue: Queue) -> None:
@@ -360,27 +390,150 @@ async def test_the_time_given_back_is_bounded_however_often_the_loop_stalls(queu
     waiter = queue.join(3.0)
     for _ in range(4):
         queue.loop.stand_still(0.85)
-    assert begin + 3.0 < waiter.deadline <= begin + 3.0 + LineClock.MOST_GRACE
     newcomer = queue.join(3.0)
     assert newcomer.grace == LineClock.MOST_GRACE
+    queue.loop.pass_time(1.0)
+    assert [w for w, _ in queue.expired] == [waiter]
+    assert begin + 3.0 < waiter.deadline <= begin + 3.0 + LineClock.MOST_GRACE
     queue.loop.stand_still(60)
     queue.loop.pass_time(LineClock.MOST_GRACE + 0.1)
-    assert {w for w, _ in queue.expired} == {waiter, newcomer}
+    assert [w for w, _ in queue.expired] == [waiter, newcomer]
 
 
-async def test_the_longest_stall_of_late_is_remembered(queue: Queue) -> None:
-    queue.join(1000.0)
-    assert queue.clock.longest_stall(30.0) == 0.0
-    queue.loop.stand_still(LineClock.TICK + 2.0)
-    assert queue.clock.longest_stall(30.0) == pytest.approx(2.0)
-    queue.loop.stand_still(LineClock.TICK + 0.5)  # shorter
-    assert queue.clock.longest_stall(30.0) == pytest.approx(2.0)
-    queue.loop.pass_time(29)
-    assert queue.clock.longest_stall(30.0) == pytest.approx(2.0)
+async def test_what_a_look_costs_does_not_depend_on_the_line(queue: Queue) -> None:
+    for number in range(10_000):
+        queue.join(20 + number / 1000)
+    steps = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    gc.disable()
+    sys.setprofile(count)
+    try:
+        queue.loop.pass_time(10)
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    assert not queue.expired
+    assert steps < 10_000  # forty looks
+
+
+async def test_those_whose_time_is_up_together_are_told_in_slices(queue: Queue) -> None:
+    waiters = [queue.join(1.0) for _ in range(2 * LineClock.SLICE + 7)]
+    queue.loop.pass_time(1.0)
+    assert queue.slices == [LineClock.SLICE, LineClock.SLICE, 7]
+    assert [waiter for waiter, _ in queue.expired] == waiters
+    assert queue.clock.stalls == ()
+    assert not queue.loop.timers
+
+
+async def test_what_it_takes_to_tell_them_is_no_stall(queue: Queue) -> None:
+    for _ in range(2 * LineClock.SLICE):
+        queue.join(1.0)
+    queue.join(3.0)
+    queue.work = 0.5
+    queue.loop.pass_time(10.0)
+    assert queue.slices == [LineClock.SLICE, LineClock.SLICE, 1]
+    assert queue.clock.stalls == ()
+
+
+async def test_one_who_was_served_is_not_looked_at(queue: Queue) -> None:
+    waiter = queue.join(1.0)
+    queue.line.offer("conn")
+    other = queue.join(1.0)
     queue.loop.pass_time(2)
-    assert queue.clock.longest_stall(30.0) == 0.0
-    queue.loop.stand_still(LineClock.TICK + 0.3)  # shorter, but the longer one is long ago
-    assert queue.clock.longest_stall(30.0) == pytest.approx(0.3, abs=LineClock.TICK)
+    assert [w for w, _ in queue.expired] == [other]
+    assert waiter.future.result() == "conn"
+
+
+async def test_the_clock_keeps_nobody_who_has_left(queue: Queue) -> None:
+    """What was handed to them would be kept alive for as long as they would have waited."""
+    waiter = queue.join(30.0)
+    queue.line.leave(waiter)
+    queue.clock.forget(waiter)
+    queue.clock.forget(waiter)
+    gone = weakref.ref(waiter.future)
+    del waiter
+    gc.collect()
+    assert gone() is None
+
+
+async def test_a_suspected_deadlock_is_looked_at_after_its_grace(queue: Queue) -> None:
+    begin = queue.loop.now
+    waiter = queue.join(30.0, suspected=True)
+    queue.loop.pass_time(LineClock.DEADLOCK_GRACE - 0.01)
+    assert not queue.deadlocked
+    queue.loop.pass_time(0.02)
+    ((suspect, when),) = queue.deadlocked
+    assert suspect is waiter
+    assert when - begin == pytest.approx(LineClock.DEADLOCK_GRACE, abs=LineClock.FINEST)
+    queue.loop.pass_time(40)
+    assert len(queue.deadlocked) == 1
+    assert not queue.expired
+
+
+async def test_one_who_was_suspected_wrongly_waits_on(queue: Queue) -> None:
+    queue.believed = False
+    waiter = queue.join(3.0, suspected=True)
+    queue.loop.pass_time(2.9)
+    assert [w for w, _ in queue.deadlocked] == [waiter]
+    assert not waiter.suspected
+    assert not queue.expired
+    queue.loop.pass_time(0.2)
+    assert [w for w, _ in queue.expired] == [waiter]
+
+
+async def test_one_whose_time_is_up_before_the_grace_is_told_that(queue: Queue) -> None:
+    waiter = queue.join(0.2, suspected=True)
+    queue.loop.pass_time(0.3)
+    assert [w for w, _ in queue.expired] == [waiter]
+    assert not queue.deadlocked
+
+
+async def test_the_grace_begins_anew_after_a_stall(queue: Queue) -> None:
+    """Nobody could stop waiting meanwhile."""
+    queue.join(30.0, suspected=True)
+    queue.loop.pass_time(0.1)
+    queue.loop.stand_still(2.0)
+    assert not queue.deadlocked
+    queue.loop.pass_time(LineClock.DEADLOCK_GRACE - 0.05)
+    assert not queue.deadlocked
+    queue.loop.pass_time(0.1)
+    assert len(queue.deadlocked) == 1
+
+
+async def test_stalls_are_remembered(queue: Queue) -> None:
+    begin = queue.loop.now
+    queue.join(1000.0)
+    queue.loop.stand_still(LineClock.TICK + 2.0)
+    queue.loop.stand_still(LineClock.TICK + 0.5)
+    (first, long), (second, short) = queue.clock.stalls
+    assert (first - begin, long) == pytest.approx((2.25, 2.0))
+    assert (second - begin, short) == pytest.approx((3.0, 0.5))
+    for _ in range(200):
+        queue.loop.stand_still(LineClock.TICK + 0.2)
+    assert len(queue.clock.stalls) == 128
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "seconds"),
+    [
+        (0.0, 100.0, 5.0),
+        (0.0, 11.0, 2.0),
+        (12.0, 100.0, 3.0),
+        (9.0, 10.0, 1.0),
+        (13.0, 17.0, 0.0),
+        (30.0, 40.0, 0.0),
+    ],
+    ids=["both", "one", "the other", "a part", "between", "long after"],
+)
+def test_only_the_part_of_a_stall_that_lay_in_a_wait_counts(
+    since: float, until: float, seconds: float
+) -> None:
+    stalls = ((10.0, 2.0), (20.0, 3.0))  # from 8 to 10, from 17 to 20
+    assert _checkouts.stalled_seconds(stalls, since, until) == seconds
 
 
 async def test_what_asyncio_says_of_slow_callbacks_is_remembered() -> None:
@@ -491,41 +644,74 @@ def hold(ledger: Ledger, time: FakeLoop, seconds: float, busy: float = 0.0) -> N
 
 async def test_the_ledger_is_read_longest_first(time: FakeLoop) -> None:
     ledger = Ledger(None)
+    assert ledger.last_began == 0.0
     checkouts = []
     for _ in range(5):
         checkouts.append(a_checkout())
+        ledger.begins(checkouts[-1], None)
         time.pass_time(1)
-    for checkout in reversed(checkouts):
-        ledger.begins(checkout, None)
     assert ledger.longest_first() == checkouts
     ledger.ends(checkouts.pop(2), time.now)
     assert ledger.longest_first() == checkouts
+    assert ledger.last_began == checkouts[-1].since
 
 
 async def test_the_load_is_what_was_asked_of_late(time: FakeLoop) -> None:
     ledger = Ledger(None)
-    assert (ledger.load().acquires, ledger.load().window_seconds) == (0, 0.0)
+    assert (ledger.load().lately().acquires, ledger.load().lately().window_seconds) == (0, 0.0)
     for _ in range(4):
         hold(ledger, time, 0.5, busy=0.2)
     ledger.begins(a_checkout(), None)
-    load = ledger.load()
+    load = ledger.load().lately()
     assert (load.acquires, load.released) == (5, 4)
     assert load.window_seconds == 2.0
     assert load.held_seconds == 2.0
     assert load.query_seconds == pytest.approx(0.8)
     assert load.arrivals_per_second == 2.5
     assert load.mean_held_seconds == 0.5
+    assert load.used_share == pytest.approx(0.4)
 
 
-async def test_the_load_covers_one_to_two_windows(time: FakeLoop) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 3.0, 10.0, 60.0])
+async def test_the_load_covers_what_is_asked_for_and_a_second_at_most(
+    time: FakeLoop, seconds: float
+) -> None:
     ledger = Ledger(None)
     for _ in range(200):
         hold(ledger, time, 0.5)
-        load = ledger.load()
-        assert load.window_seconds <= 2 * Ledger.WINDOW + 1.0
+        load = ledger.load().over(seconds)
+        assert load.window_seconds <= seconds + Ledger.WINDOW + 0.5
         assert load.arrivals_per_second == pytest.approx(2.0)
         assert load.mean_held_seconds == 0.5
-    assert load.window_seconds >= Ledger.WINDOW
+    assert load.window_seconds >= seconds
+
+
+async def test_what_is_remembered_of_the_load_is_bounded(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    for _ in range(1000):
+        hold(ledger, time, 0.5)
+    load = ledger.load().over(1e6)
+    assert load.window_seconds <= (Ledger.WINDOWS + 1) * (Ledger.WINDOW + 0.5)
+
+
+async def test_a_load_that_was_taken_does_not_go_on(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    hold(ledger, time, 0.5)
+    taken = ledger.load()
+    before = taken.lately()
+    for _ in range(20):
+        hold(ledger, time, 0.5)
+    assert taken.lately() == before
+
+
+async def test_those_who_gave_up_are_counted(time: FakeLoop) -> None:
+    ledger = Ledger(None)
+    hold(ledger, time, 0.5)
+    ledger.gave_up(3)
+    time.pass_time(5)
+    ledger.gave_up(4)
+    assert ledger.load().over(10).gave_up == 7
+    assert ledger.load().over(1).gave_up == 4
 
 
 async def test_what_was_long_ago_does_not_thin_the_load_out(time: FakeLoop) -> None:
@@ -535,7 +721,7 @@ async def test_what_was_long_ago_does_not_thin_the_load_out(time: FakeLoop) -> N
     time.pass_time(3600)
     for _ in range(10):
         hold(ledger, time, 0.5)
-    load = ledger.load()
+    load = ledger.load().lately()
     assert load.window_seconds == 5.0
     assert load.arrivals_per_second == 2.0
 
@@ -544,8 +730,9 @@ async def test_connections_that_are_held_long_count_when_they_come_back(time: Fa
     ledger = Ledger(None)
     for _ in range(3):
         hold(ledger, time, 25.0)
-    load = ledger.load()
+    load = ledger.load().lately()
     assert load.released >= 1
+    assert load.window_seconds >= 25.0
     assert load.mean_held_seconds == 25.0
 
 
@@ -594,10 +781,11 @@ class Tasks:
         self.ledger.begins(checkout, None)
         return checkout
 
-    def wait(self, task: asyncio.Task[None], timeout: float = 30.0) -> None:
+    def wait(self, task: asyncio.Task[None], timeout: float = 30.0) -> Waiter:
         waiter = a_waiter(timeout)
         waiter.task = task
         self.line.append(waiter)
+        return waiter
 
     def deadlock(self, task: asyncio.Task[None], connections: int, timeout: float = 30.0) -> bool:
         return self.ledger.completes_deadlock(task, self.line, connections, timeout)
@@ -624,14 +812,11 @@ async def test_a_task_that_holds_all_connections_completes_it_alone(tasks: Tasks
     assert tasks.deadlock(a, 2)
 
 
-async def test_a_task_that_holds_nothing_waits_for_a_deadlock_that_was_there_before(
-    tasks: Tasks,
-) -> None:
-    """Which cannot be, as the last holder was refused; if it is, nobody will be served."""
+async def test_a_task_that_holds_nothing_completes_no_deadlock(tasks: Tasks) -> None:
     a, b = tasks.new("a"), tasks.new("b")
     tasks.hold(a)
     tasks.wait(a)
-    assert tasks.deadlock(b, 1)
+    assert not tasks.deadlock(b, 1)
 
 
 async def test_there_is_no_deadlock_while_a_connection_is_free_or_can_be_made(
@@ -679,3 +864,29 @@ async def test_a_holder_that_will_give_up_before_the_caller_does_is_not_in_a_dea
     tasks.wait(stranger, timeout=1.0)  # holds nothing, so frees nothing when it gives up
     assert not tasks.deadlock(b, 2, timeout=10.1)
     assert tasks.deadlock(b, 2, timeout=10.0)
+
+
+async def test_a_deadlock_lasts_while_all_who_hold_go_on_to_wait(tasks: Tasks) -> None:
+    a, b = tasks.new("a"), tasks.new("b")
+    held = [tasks.hold(a), tasks.hold(b)]
+    waiters = [tasks.wait(a), tasks.wait(b)]
+    since = waiters[-1].since
+
+    def lasts() -> bool:
+        return tasks.ledger.deadlock_lasts(tasks.line, 2, since)
+
+    assert lasts()
+    tasks.line.leave(waiters[0])
+    assert not lasts()
+    tasks.wait(a)  # anew: it has done something in between
+    assert not lasts()
+    tasks.line.leave(tasks.line.tasks[a])
+    tasks.line.append(waiters[0])
+    assert lasts()
+    held[0].structured = False
+    assert not lasts()
+    held[0].structured = True
+    tasks.ledger.ends(held[1], monotonic())
+    assert not lasts()
+    tasks.hold(b)
+    assert not lasts()
