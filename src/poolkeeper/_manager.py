@@ -26,7 +26,7 @@ from . import _conninfo, _facts, _health
 from ._binding import beginning
 from ._connection import check_class
 from ._pool import BoundPool, CheckoutContext, State
-from ._where import Behalf, code_behind
+from ._where import Behalf, code_behind, coroutine_function, warn_user
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
 
 ACT_co = TypeVar(
@@ -141,7 +141,9 @@ class PoolManager(Generic[ACT_co]):
         )
         if max_size is None:
             max_size = min_size
-        _require_integer(max_size=(max_size, max(1, min_size)))
+        _require_integer(max_size=(max_size, 1))
+        if max_size < min_size:
+            raise _bad("max_size", max_size, f"min_size or more, and min_size is {min_size}")
         _require_text(name=name, application_name=application_name)
         _require_flag(close_returns=close_returns)
         user_class = _connection_class(connection_class)
@@ -291,7 +293,7 @@ class PoolManager(Generic[ACT_co]):
         seconds = self._open_timeout if timeout is None else timeout
         await self._pool.open(wait=wait, timeout=seconds, caller=caller)
         try:
-            self._warn_of_duplicate()
+            self._warn_of_duplicate(caller)
         except DuplicatePoolWarning:  # an error, where warnings are
             await self._pool.close(0)
             raise
@@ -344,7 +346,7 @@ class PoolManager(Generic[ACT_co]):
             source=self,
         )
 
-    def _warn_of_duplicate(self) -> None:
+    def _warn_of_duplicate(self, caller: str | None) -> None:
         with beginning():  # other threads open theirs
             others = list(_open_managers)
         if self._server is None or self in others:
@@ -356,13 +358,13 @@ class PoolManager(Generic[ACT_co]):
                 and other._pool.state in (State.OPENING, State.OPEN)
                 and other._pool.is_here()
             ):
-                warnings.warn(
+                warn_user(
                     f'pool "{self.name}" is the second one open for the same server, database'
                     f' and user on this loop; pool "{other.name}" was opened'
                     f" {other._pool.opened}, this one {here}. A pool made per request or per"
                     " call costs more than no pool: make one and share it",
                     DuplicatePoolWarning,
-                    stacklevel=3,
+                    caller,
                 )
                 return
 
@@ -373,13 +375,14 @@ class PoolManager(Generic[ACT_co]):
         timeout: float | None = None,
         *,
         caller: FrameType | Callable[..., Any] | None = None,
-    ) -> AbstractAsyncContextManager[ACT_co]:
+    ) -> CheckoutContext[ACT_co]:
         """
         Return a context manager that acquires a connection, commits or rolls back, and releases.
 
         psycopg's semantics: commit when the block ends, roll back if it raises. Whatever the
         block changed on the connection object, and the settings that PostgreSQL reports, is as
-        before for the next borrower. The connection refuses any use after the block.
+        before for the next borrower. The connection refuses any use after the block. As the
+        decorator of an async function, it is a block around each call.
 
         Args:
             timeout: Seconds to wait for a connection, the pool's `timeout` if None. With 0,
@@ -481,9 +484,10 @@ class PoolManager(Generic[ACT_co]):
 
     # --- one statement, one round trip ------------------------------------------------------
 
-    # Plain functions that return a coroutine: run as a task of its own, a coroutine has no caller
-    # to look at, and who holds a connection would be asyncio.
+    # Functions that return a coroutine: run as a task of its own, a coroutine has no caller to look
+    # at, and who holds a connection would be asyncio.
 
+    @coroutine_function
     def execute(
         self, query: Query, params: Params | None = None, *, timeout: float | None = None
     ) -> Coroutine[Any, Any, int]:
@@ -532,6 +536,7 @@ class PoolManager(Generic[ACT_co]):
         timeout: float | None = None,
     ) -> Coroutine[Any, Any, Row2 | None]: ...
 
+    @coroutine_function
     def fetchone(
         self,
         query: Query,
@@ -571,6 +576,7 @@ class PoolManager(Generic[ACT_co]):
         timeout: float | None = None,
     ) -> Coroutine[Any, Any, list[Row2]]: ...
 
+    @coroutine_function
     def fetchall(
         self,
         query: Query,
@@ -590,6 +596,7 @@ class PoolManager(Generic[ACT_co]):
         checkout = self._checkout(timeout, sys._getframe(1))
         return _named("fetchall", _one_shot(checkout, query, params, row_factory, _all_rows))
 
+    @coroutine_function
     def fetchval(
         self, query: Query, params: Params | None = None, *, timeout: float | None = None
     ) -> Coroutine[Any, Any, Any]:
@@ -652,7 +659,7 @@ async def _transaction(
     read_only: bool | None,
     deferrable: bool | None,
 ) -> AsyncGenerator[Any]:
-    async with checkout as conn:
+    async with checkout.unused() as conn:
         if isolation is not None:
             await conn.set_isolation_level(isolation)
         if read_only is not None:
@@ -667,7 +674,7 @@ async def _transaction(
 async def _cursor(
     checkout: CheckoutContext[Any], row_factory: AsyncRowFactory[Any] | None, binary: bool
 ) -> AsyncGenerator[Any]:
-    async with checkout as conn:
+    async with checkout.unused() as conn:
         factory = row_factory or conn.row_factory
         async with conn.cursor(binary=binary, row_factory=factory) as cursor:
             yield cursor

@@ -21,11 +21,11 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from contextvars import copy_context
 from enum import StrEnum
-from functools import partial
+from functools import partial, wraps
 from math import modf
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, ParamSpec, TypeAlias, cast
 
 import psycopg
 from psycopg import AsyncConnection, pq
@@ -57,7 +57,7 @@ from ._failover import Failover
 from ._health import Question
 from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
-from ._where import Behalf, Place
+from ._where import Behalf, Place, code_behind, coroutine_function
 from .errors import (
     AcquireTimeout,
     ClosedError,
@@ -70,6 +70,8 @@ from .errors import (
 )
 
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
+P = ParamSpec("P")
+T = TypeVar("T")
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
 
 logger = logging.getLogger("poolkeeper")
@@ -641,16 +643,18 @@ class BoundPool(_compat.TellingPool[ACT]):
     @override
     def connection(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         self, timeout: float | None = None
-    ) -> AbstractAsyncContextManager[ACT]:
+    ) -> CheckoutContext[ACT]:
         """
         Return a context manager that acquires a connection and gives it back.
 
-        Commits on success and rolls back on an exception, as psycopg_pool's does. For
+        Commits on success and rolls back on an exception, as psycopg_pool's does. As the
+        decorator of an async function, it does so around each call. For
         arguments and errors see `getconn()`.
         """
         return CheckoutContext(self, timeout, sys._getframe(1))
 
     @override
+    @coroutine_function
     def getconn(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, timeout: float | None = None
     ) -> Coroutine[Any, Any, ACT]:
@@ -667,7 +671,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             AcquireTimeout: If none was free in time.
             TooManyWaitersError: If `max_waiting` tasks wait already.
         """
-        # A plain function: run as a task of its own, the coroutine has no caller to look at.
+        # Not "async def": run as a task of its own, the coroutine has no caller to look at.
         frame = sys._getframe(1)
         return self._getconn(timeout, frame, frame.f_lineno)
 
@@ -1600,7 +1604,7 @@ class BoundPool(_compat.TellingPool[ACT]):
 
 class CheckoutContext(AbstractAsyncContextManager[ACT]):
     """
-    What `connection()` returns. Can be entered once.
+    What `connection()` returns. Can be entered once, or decorate a function.
 
     Args:
         pool: Where to acquire.
@@ -1620,15 +1624,43 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
     ) -> None:
         self._pool = pool
         self._timeout = timeout
-        self._frame: FrameType | Behalf | None = frame
+        self._frame: Any = frame
+        """A frame until it is entered, then the code of it: a frame keeps its variables alive."""
         self._lineno = frame.f_lineno
         self._enclosed = enclosed
+
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, T]]
+    ) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Return *function* with a block, and so a connection, of its own around each call."""
+        pool, timeout, code = self._pool, self._timeout, code_behind(function)
+        self._frame = None  # a frame keeps all its variables alive
+
+        @wraps(function)
+        async def in_block(*args: P.args, **kwargs: P.kwargs) -> T:
+            frame = sys._getframe()
+            place = Behalf(code, frame) if code else frame
+            async with CheckoutContext(pool, timeout, place, True):
+                return await function(*args, **kwargs)
+
+        return in_block
+
+    def unused(self) -> CheckoutContext[ACT]:
+        """
+        Return this if it was not entered yet, else one like it.
+
+        contextlib runs a generator anew for each call of a function that it decorates.
+        """
+        code = self._frame
+        if not isinstance(code, CodeType):
+            return self
+        place = Behalf(code, sys._getframe(1), self._lineno)
+        return CheckoutContext(self._pool, self._timeout, place, self._enclosed)
 
     @override
     async def __aenter__(self) -> ACT:
         pool, frame = self._pool, self._frame
-        assert frame is not None
-        self._frame = None  # a frame keeps all its variables alive
+        self._frame = frame.f_code
         structured = self._enclosed
         if not structured:
             entering = sys._getframe(1)

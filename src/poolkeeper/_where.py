@@ -8,16 +8,21 @@ them by hours.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import os
 import sys
 import threading
+import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _INTERNAL = ("poolkeeper", "psycopg", "psycopg_pool", "contextlib", "asyncio", "weakref")
 
@@ -96,16 +101,42 @@ def describe_loop(loop: asyncio.AbstractEventLoop | None) -> str:
 
 
 def call_site() -> str:
-    """Return ``file:line`` of the innermost frame outside of poolkeeper and what it stands on."""
-    frame: FrameType | None = sys._getframe(1)
-    innermost = frame
+    """Return ``file:line`` of `_user_frame()`."""
+    frame = _user_frame(sys._getframe(1))
+    return site(frame.f_code, frame.f_lineno)
+
+
+def _user_frame(innermost: FrameType) -> FrameType:
+    """Return the innermost frame, from that one on, outside of poolkeeper and its ground."""
+    frame: FrameType | None = innermost
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
         if module.partition(".")[0] not in _INTERNAL:
-            return site(frame.f_code, frame.f_lineno)
+            return frame
         frame = frame.f_back
-    assert innermost is not None
-    return site(innermost.f_code, innermost.f_lineno)
+    return innermost
+
+
+def warn_user(message: str, category: type[Warning], caller: str | None = None) -> None:
+    """
+    Warn at the user's line, or at *caller* (``file:line``).
+
+    No ``stacklevel`` finds it: it is as many frames away as "async with", a method or an adapter
+    takes.
+    """
+    if caller is not None:
+        file, _, line = caller.rpartition(":")
+        warnings.warn_explicit(message, category, file, int(line) if line.isdecimal() else 1)
+        return
+    frame = _user_frame(sys._getframe(1))
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 class Behalf:
@@ -113,9 +144,9 @@ class Behalf:
 
     __slots__ = ("f_back", "f_code", "f_lineno")
 
-    def __init__(self, code: CodeType, frame: FrameType) -> None:
+    def __init__(self, code: CodeType, frame: FrameType, lineno: int | None = None) -> None:
         self.f_code = code
-        self.f_lineno = code.co_firstlineno
+        self.f_lineno = code.co_firstlineno if lineno is None else lineno
         self.f_back = frame
         """Who does it."""
 
@@ -193,6 +224,21 @@ def _unwrapped(function: Any) -> CodeType | type | None:
             inner = cast(Any, type(function)).__call__
         function = inner
     return None
+
+
+def coroutine_function(function: Function) -> Function:
+    """
+    Let *function*, which returns a coroutine, pass for one that is written ``async def``.
+
+    Frameworks, mocks and decorators ask ``inspect.iscoroutinefunction()``. That is true of it;
+    but it runs when it is called, while its caller can still be seen.
+    """
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    # The flag says how a function is described; what it does when called is in the bytecode.
+    code = cast(Any, function).__code__
+    cast(Any, function).__code__ = code.replace(co_flags=code.co_flags | inspect.CO_COROUTINE)
+    return function
 
 
 def site(code: CodeType, lineno: int) -> str:

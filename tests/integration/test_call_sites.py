@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest.mock import AsyncMock, create_autospec
 
 import pytest
+from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager
+from poolkeeper import BoundPool, PoolManager
 
 HERE = "tests/integration/test_call_sites.py"
 
@@ -99,4 +102,114 @@ async def test_a_call_that_nobody_awaits_is_told_at_once(db: PoolManager[Any]) -
     for name, call in CALLS.items():
         with pytest.warns(RuntimeWarning, match=f"{name}.* was never awaited"):
             call(db)
+    assert db.snapshot().in_use == 0
+
+
+# --- what asks whether to await -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(getattr(PoolManager, name) for name in ("execute", "fetchone", "fetchall", "fetchval")),
+        BoundPool.getconn,
+    ],
+)
+def test_what_returns_a_coroutine_is_a_coroutine_function(function: Any) -> None:
+    """So that frameworks await it, and mocks of it can be awaited."""
+    assert inspect.iscoroutinefunction(function)
+
+
+async def test_every_public_method_that_is_async_in_psycopg_pool_is_so_here(
+    db: PoolManager[Any],
+) -> None:
+    for name, method in inspect.getmembers(AsyncConnectionPool, inspect.iscoroutinefunction):
+        assert inspect.iscoroutinefunction(getattr(db.pool, name)), name
+        assert inspect.iscoroutinefunction(method)
+
+
+async def test_mocks_can_be_awaited() -> None:
+    pool = create_autospec(BoundPool, instance=True)
+    await pool.getconn()
+    manager = AsyncMock(spec=PoolManager)
+    manager.fetchval.return_value = 42
+    assert await manager.fetchval("select 1") == 42
+
+
+async def test_a_method_that_is_traced_still_runs_when_it_is_called(db: PoolManager[Any]) -> None:
+    """Debuggers, profilers and coverage look at the code of what is called."""
+    calls: list[str] = []
+    tracing = sys.gettrace()
+
+    def trace(frame: Any, event: str, _argument: Any) -> Any:
+        if event == "call":
+            calls.append(frame.f_code.co_name)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        coroutine = db.fetchval("select 42")
+    finally:
+        sys.settrace(tracing)
+    assert "fetchval" in calls
+    assert await coroutine == 42
+
+
+# --- decorators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["pool", "manager"])
+async def test_connection_decorates_a_function_which_has_a_block_around_each_call(
+    db: PoolManager[Any], how: str
+) -> None:
+    go_on = asyncio.Event()
+
+    @(db.pool if how == "pool" else db).connection()
+    async def work(number: int) -> int:
+        await go_on.wait()
+        return number + 1
+
+    assert inspect.iscoroutinefunction(work)
+    assert work.__name__ == "work"
+    tasks = [asyncio.create_task(work(number)) for number in range(3)]
+    async with asyncio.timeout(10):
+        while db.snapshot().in_use < 3:
+            await asyncio.sleep(0.001)
+    sites = {row.site for row in db.snapshot().checkouts}
+    assert sites == {f"{HERE}:{inspect.unwrap(work).__code__.co_firstlineno}"}
+    go_on.set()
+    assert await asyncio.gather(*tasks) == [1, 2, 3]
+    assert await work(6) == 7
+    assert db.snapshot().in_use == 0
+
+
+@pytest.mark.parametrize("how", ["transaction", "cursor"])
+async def test_blocks_of_other_kinds_decorate_too(db: PoolManager[Any], how: str) -> None:
+    """As everything does that contextlib makes; two calls at once, and one after another."""
+    go_on = asyncio.Event()
+
+    @getattr(db, how)()
+    async def work(number: int) -> int:
+        await go_on.wait()
+        return number + 1
+
+    tasks = [asyncio.create_task(work(number)) for number in range(2)]
+    async with asyncio.timeout(10):
+        while db.snapshot().in_use < 2:
+            await asyncio.sleep(0.001)
+    decorator = inspect.unwrap(work).__code__.co_firstlineno
+    assert {row.site for row in db.snapshot().checkouts} == {f"{HERE}:{decorator}"}
+    go_on.set()
+    assert await asyncio.gather(*tasks) == [1, 2]
+    assert await work(6) == 7
+    assert db.snapshot().in_use == 0
+
+
+async def test_a_decorated_function_that_raises_rolls_back(db: PoolManager[Any]) -> None:
+    @db.connection()
+    async def work() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await work()
     assert db.snapshot().in_use == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -613,8 +615,30 @@ async def test_a_second_pool_for_the_same_server_is_warned_of(
         r" it",
         str(warning.message),
     ), str(warning.message)
-    assert warning.filename.endswith("test_psycopg_semantics.py")
+    assert warning.filename == __file__
     assert await second.fetchval("select 1") == 1
+
+
+async def test_the_warning_of_a_second_pool_is_at_the_line_that_opens_it(
+    make_manager: MakeManager,
+) -> None:
+    await make_manager(min_size=1, name="first").open()
+
+    async def enter(second: PoolManager[Any]) -> None:
+        async with second:
+            pass
+
+    for opening, line in (
+        (PoolManager.open, sys._getframe().f_lineno + 6),
+        (enter, enter.__code__.co_firstlineno + 1),
+        (partial(PoolManager.open, caller="app.py:12"), 12),
+    ):
+        second = make_manager(min_size=1, name="second")
+        with pytest.warns(DuplicatePoolWarning) as caught:
+            await opening(second)
+        file = "app.py" if line == 12 else __file__
+        assert (caught[0].filename, caught[0].lineno) == (file, line)
+        await second.close()
 
 
 async def test_no_warning_is_drawn_where_the_second_pool_is_another_thing(

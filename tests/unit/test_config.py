@@ -111,7 +111,7 @@ def test_every_parameter_is_in_the_table() -> None:
     [
         (
             {"max_size": 3},
-            "max_size cannot be 3\nDETAIL:  It takes a whole number, 4 or more.",
+            "max_size cannot be 3\nDETAIL:  It takes min_size or more, and min_size is 4.",
         ),
         (
             {"min_size": 0, "max_size": 0},
