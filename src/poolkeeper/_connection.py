@@ -147,6 +147,7 @@ class BoundConnection(AsyncConnection[Any]):
     _dropped: asyncio.CancelledError | None = None  # and this one it has not
     _cancelling: set[object] | None = None  # requests to cancel that are under way
     _lost_work: bool  # set when it is revoked
+    _given_back: Place  # set when it is given back while a task is at work on it
 
     exits_like_psycopg: ClassVar[bool]
     """True if the user's class leaves commit, rollback and the end of a block to psycopg."""
@@ -194,6 +195,10 @@ class BoundConnection(AsyncConnection[Any]):
             raise
         except psycopg.errors.ReadOnlySqlTransaction:
             self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
+            raise
+        except psycopg.Error as ex:
+            if isinstance(self, ReleasedConnection):
+                raise self.given_back_at_work() from ex
             raise
         finally:
             self._under_way = None
@@ -408,7 +413,12 @@ class RetiredConnection(BoundConnection):
         """Return where the handle was acquired, what was done with it *last*, and whose it was."""
         checkout: Checkout | None = vars(self).get("_checkout")
         acquired = f"Acquired {checkout}. " if checkout else ""
-        return f"{acquired}{last} {Place.here()}. The pool was opened {self._binding.opened}."
+        given_back: Place | None = vars(self).get("_given_back")
+        meanwhile = f"Given back {given_back}. " if given_back else ""
+        return (
+            f"{acquired}{meanwhile}{last} {Place.here()}."
+            f" The pool was opened {self._binding.opened}."
+        )
 
     exits_like_psycopg = False
 
@@ -458,6 +468,10 @@ class ReleasedConnection(RetiredConnection):
     @override
     def refusal(self) -> ReleasedConnectionError:
         return self._released("used after it was given back", "Used")
+
+    def given_back_at_work(self) -> ReleasedConnectionError:
+        """Return the error for a task that was in a query when another gave the handle back."""
+        return self._released("given back while a task was at work on it", "At work")
 
     def given_back_twice(self) -> ReleasedConnectionError:
         """Return the error that says that the handle was given back before."""
@@ -641,6 +655,7 @@ class Session:
         configured: The reported parameters that ``configure`` has set.
         in_question: True if another session was found on a server that has become another kind,
             and this one was not looked at yet.
+        unlocked: Done when the transaction of who gave it back last is over, if one was open.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
     """
 
@@ -661,6 +676,7 @@ class Session:
         "in_pool",
         "in_question",
         "pgconn",
+        "unlocked",
     )
 
     def __init__(self, conn: BoundConnection) -> None:
@@ -671,6 +687,7 @@ class Session:
         self.heard_at = 0.0
         self.checkout: Checkout | None = None
         self.in_pool = False
+        self.unlocked: asyncio.Future[None] | None = None
         self._handle = weakref.ref(conn)
 
     @property

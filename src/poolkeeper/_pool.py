@@ -1074,12 +1074,15 @@ class BoundPool(_compat.TellingPool[ACT]):
             LoopMismatchError: If called on another loop than the one that opened the pool.
             ValueError: If it does not come from this pool.
         """
-        if (cleaning := self.release(cast(Any, conn), False)) is not None:
-            await asyncio.shield(cleaning)
+        if (unlocking := self.release(cast(Any, conn), False)) is not None:
+            await asyncio.shield(unlocking)
 
-    def release(self, conn: Any, roll_back: bool) -> asyncio.Task[None] | None:
+    def release(self, conn: Any, roll_back: bool) -> asyncio.Future[None] | None:
         """
-        Give *conn* back at once if it is clean; else return the task that does it.
+        Give *conn* back: at once if it is clean, else in a task of the pool's own.
+
+        A `reset` and what is to be put back is the pool's affair; but as long as a transaction
+        is open there are locks, and its end is what the caller is to wait for: it is returned.
 
         Args:
             conn: What `take()` or `wait_for_connection()` gave.
@@ -1119,7 +1122,12 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._give(fresh)
             return None
         part_from_pipeline(conn)
-        return self._start_put_back(fresh, roll_back=roll_back, cancelling=cancelling)
+        cleaning = self._start_put_back(fresh, roll_back=roll_back, cancelling=cancelling)
+        if pgconn.transaction_status in (IDLE, UNKNOWN):
+            return None
+        session.unlocked = unlocked = loop.create_future()
+        cleaning.add_done_callback(lambda _: _set_done(unlocked))
+        return unlocked
 
     def _end_checkout(self, session: Session, checkout: Checkout) -> float:
         """Strike a checkout out, and return the time."""
@@ -1145,6 +1153,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         be handed on nevertheless: two tasks would read from one socket.
         """
         session = conn._session
+        conn._given_back = Place.here()
         logger.warning(
             'a connection of pool "%s" came back while another task was at work on it: closed.'
             " Acquired %s",
@@ -1262,12 +1271,14 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._note_freed()
 
     def _note_freed(self) -> None:
-        if self._freed is not None and not self._freed.done():
-            self._freed.set_result(None)
+        if self._freed is not None:
+            _set_done(self._freed)
 
     async def _clean(self, conn: Any) -> None:
         """Undo on the server what the borrower left; psycopg_pool calls this after rollback."""
         session: Session = conn._session
+        if session.unlocked is not None:
+            _set_done(session.unlocked)
         if not session.parameters_unchanged:
             if changed := session.changed_parameters():
                 logger.info(
@@ -1704,9 +1715,9 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                     await conn.end_command(LEFT_OPEN)
                 await conn.__aexit__(exc_type, exc, traceback)
         finally:
-            cleaning = pool.release(conn, roll_back)
-            if cleaning is not None:
-                await asyncio.shield(cleaning)
+            unlocking = pool.release(conn, roll_back)
+            if unlocking is not None:
+                await asyncio.shield(unlocking)
 
 
 async def _end_query(conn: BoundConnection) -> None:
@@ -1764,6 +1775,12 @@ def _by_exit_stack(entering: FrameType) -> bool:
         # transaction(), cursor() or the like: contextlib runs their generator.
         return driver.f_back is not None and driver.f_back.f_code is _ENTERS_STACK
     return entering.f_code is _ENTERS_STACK
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    """Wake who waits for *future*; it may be done already."""
+    if not future.done():
+        future.set_result(None)
 
 
 def _at_work(session: Session) -> bool:

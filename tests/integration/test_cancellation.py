@@ -221,15 +221,27 @@ async def test_a_release_that_is_cancelled_again_and_again_runs_to_its_end(
     ran: list[str] = []
     began = asyncio.Event()
 
+    class Slow(psycopg.AsyncConnection[Any]):
+        async def rollback(self) -> None:
+            began.set()
+            await asyncio.sleep(0.2)
+            await super().rollback()
+            ran.append("rollback")
+
     async def reset(conn: Any) -> None:
-        began.set()
-        await asyncio.sleep(0.2)
         ran.append("reset")
 
-    db = make_manager(min_size=1, max_size=1, name="orders", timeout=30, reset=reset)
+    async def gives_back() -> None:
+        conn = await db.pool.getconn()
+        await conn.execute("select 1")
+        await db.pool.putconn(conn)
+
+    db = make_manager(
+        min_size=1, max_size=1, name="orders", timeout=30, reset=reset, connection_class=Slow
+    )
     await db.open()
     before = pids(db)
-    task = asyncio.create_task(commits(db))
+    task = asyncio.create_task(gives_back())
     await began.wait()
     for _ in range(5):
         task.cancel()
@@ -238,7 +250,7 @@ async def test_a_release_that_is_cancelled_again_and_again_runs_to_its_end(
         await task
     assert not ran  # nobody had to wait for it
     await is_whole(db)
-    assert ran == ["reset"]
+    assert ran == ["rollback", "reset"]
     assert pids(db) == before
 
 

@@ -34,10 +34,18 @@ async def opened(make_manager: MakeManager, **arguments: Any) -> PoolManager[Any
 
 @contextlib.asynccontextmanager
 async def borrower(db: PoolManager[Any], pids: set[int]) -> Any:
-    """A checkout; *pids* collects which session it was."""
+    """A checkout, until it is put in order; *pids* collects which session it was."""
     async with db.connection() as conn:
         pids.add(conn.info.backend_pid)
         yield conn
+    await put_in_order(db)
+
+
+async def put_in_order(db: PoolManager[Any]) -> None:
+    """Wait until the pool has done what the borrower does not wait for."""
+    async with asyncio.timeout(10):
+        while db.snapshot().returning or db.snapshot().making:
+            await asyncio.sleep(0.005)
 
 
 # --- attributes of the connection ---------------------------------------------------------------
@@ -469,6 +477,7 @@ async def test_several_parameters_are_put_back_in_one_go(make_manager: MakeManag
         before = await settings(conn)
         for _, statement in PARAMETERS[:7]:
             await conn.execute(statement)
+    await put_in_order(db)
     with wire_of(db) as wire:
         async with db.connection() as conn:
             assert await settings(conn) == before
@@ -477,6 +486,7 @@ async def test_several_parameters_are_put_back_in_one_go(make_manager: MakeManag
                 await conn.execute(statement)
             await conn.commit()
             wire.clear()
+        await put_in_order(db)
         assert wire.round_trips() == 1
 
 
@@ -750,6 +760,7 @@ async def test_a_reset_of_the_users_own_gets_a_working_connection(
     conn = await db.pool.getconn()
     await conn.execute("select 1")
     await db.pool.putconn(conn)  # in a transaction: rolled back before
+    await put_in_order(db)
     assert [status for status, *_ in seen] == ["IDLE"] * 3
     assert len(pids) == 1
 
