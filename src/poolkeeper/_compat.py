@@ -38,20 +38,18 @@ class TellingPool(AsyncConnectionPool[ACT]):
         if not callable(self.conninfo):
             return await super()._resolve_conninfo()
         self.calls("in the conninfo function", self.conninfo)
-        try:
-            return await super()._resolve_conninfo()
-        finally:
-            self.calls("waiting for the server")
+        given = await super()._resolve_conninfo()
+        self.calls("waiting for the server")  # not if it raises: it is known by that who did
+        return given
 
     @override
     async def _resolve_kwargs(self) -> dict[str, Any]:
         if not callable(self.kwargs):
             return await super()._resolve_kwargs()
         self.calls("in the kwargs function", self.kwargs)
-        try:
-            return await super()._resolve_kwargs()
-        finally:
-            self.calls("waiting for the server")
+        given = await super()._resolve_kwargs()
+        self.calls("waiting for the server")  # not if it raises: it is known by that who did
+        return given
 
 
 class Line(Protocol):

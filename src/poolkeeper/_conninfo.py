@@ -4,7 +4,9 @@ Connection strings: accept what ``DATABASE_URL`` often holds, and keep passwords
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import psycopg
@@ -133,3 +135,47 @@ def server_key(params: dict[str, Any]) -> tuple[str, ...]:
     """Return what tells one server, database and user from another."""
     names = ("host", "hostaddr", "port", "dbname", "user", "service")
     return tuple(str(params.get(name) or "") for name in names)
+
+
+def names(params: Mapping[str, Any]) -> frozenset[str]:
+    """
+    Return what of *params* may be shown: hosts, ports, user, database, settings by their names.
+
+    Nothing, if a password may be among them: libpq reads a URL up to the first "@" or "/", so
+    that the rest of a password that has one of them is a host or a database, and the "@" that
+    was to end it still follows.
+    """
+    values = {
+        name: str(params.get(name) or "").split(",")
+        for name in ("host", "hostaddr", "port", "dbname", "user")
+    }
+    shown = {value for each in values.values() for value in each}
+    shown.update(f"{host}/.s.PGSQL.{port}" for host in values["host"] for port in values["port"])
+    for name, value in params.items():
+        if name not in _MAY_HAVE_AN_AT and isinstance(value, str) and "@" in value[1:]:
+            return frozenset()
+    for setting in re.findall(r"(?:-c\s*|--)([\w.]+)=", str(params.get("options") or "")):
+        shown.add(setting)
+    shown.update(name for name in params if _IS_A_NAME.fullmatch(name))
+    password = str(params.get("password") or "")
+    return frozenset(name for name in shown if name and (not password or password not in name))
+
+
+_MAY_HAVE_AN_AT = frozenset({"user", "password", "sslpassword"})
+_IS_A_NAME = re.compile("[a-z_]{1,40}")
+
+
+def servers(params: Mapping[str, Any]) -> int:
+    """Return how many servers *params* name; each may have several addresses."""
+    return max(len(_given(params, name).split(",")) for name in ("host", "hostaddr"))
+
+
+def has_timeout(params: Mapping[str, Any]) -> bool:
+    """Tell whether *params* or the environment say how long a server has to answer."""
+    return _given(params, "connect_timeout").strip() not in ("", "0")
+
+
+def _given(params: Mapping[str, Any], name: str) -> str:
+    """Return a parameter, from the environment if need be, as psycopg does."""
+    value = params.get(name)
+    return str(os.environ.get(f"PG{name.upper()}", "") if value is None else value)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Protocol
 
-from . import _cleaning, _facts, _recovery
+from . import _cleaning, _facts
+from ._attempt import Attempt, Failure, enter
 from ._connection import shut_down
 
 
@@ -132,11 +133,13 @@ class Question:
         self.is_open = False
 
     async def _ask_beside(self) -> None:
+        attempt = Attempt()
+        enter(attempt)
         try:
             self._conn = await self._pool.connect_beside()
             await _cleaning.ask(self._conn)
         except Exception as ex:
-            self._tell(*self._refused(ex))
+            self._tell(*self._refused(attempt.failure(ex)))
         except asyncio.CancelledError:
             if self.is_open:
                 raise
@@ -148,9 +151,9 @@ class Question:
                 self._conn.pgconn.finish()
                 self._conn = None
 
-    def _refused(self, error: Exception) -> tuple[bool, str]:
-        said = _recovery.reason(error)
-        if _recovery.has_no_slot(error) and self._pool.snapshot().in_use:
+    def _refused(self, failure: Failure) -> tuple[bool, str]:
+        said = failure.words
+        if failure.has_no_slot and self._pool.snapshot().in_use:
             return True, f"the server answered that it has no slot beside the pool's own: {said}"
         return False, said
 

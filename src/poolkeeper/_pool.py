@@ -32,7 +32,8 @@ from psycopg import AsyncConnection, pq
 from psycopg.rows import TupleRow
 from typing_extensions import TypeVar, override
 
-from . import _cleaning, _compat, _facts, _recovery
+from . import _attempt, _cleaning, _compat, _facts
+from ._attempt import Failure
 from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
@@ -58,9 +59,11 @@ from ._health import Question
 from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
 from ._where import Behalf, Place, code_behind, coroutine_function
+from ._words import in_words, raised_by
 from .errors import (
     AcquireTimeout,
     ClosedError,
+    ConfigError,
     NotOpenError,
     OpenError,
     SelfDeadlockError,
@@ -174,6 +177,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._last_storm = 0.0
         self._last_moment: Moment | None = None
         self._outage_told = False
+        self._open_until = 0.0
         self._leak_timer: asyncio.TimerHandle | None = None
         self._slow_callbacks: SlowCallbacks | None = None
         self.question: Question | None = None  # the last one that check() of the manager asked
@@ -268,7 +272,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         idle = len(self._idle)
         others = self._counts_between()
         connector = self._connector
-        error = connector.last_error
+        failure = connector.last_failure
         return Moment(
             now,
             {
@@ -285,10 +289,10 @@ class BoundPool(_compat.TellingPool[ACT]):
                 "steps": self._between.rows(),
                 "connecting": connector.pending - self._configuring,
                 "attempts_failed": connector.failures,
-                "last_error": _recovery.reason(error) if error else None,
-                "last_error_advice": _recovery.advice(error) if error else "",
-                "last_error_seconds": now - connector.last_failed if error else 0.0,
-                "failing_seconds": now - connector.failing_since if error else 0.0,
+                "last_error": failure.words if failure else None,
+                "last_error_advice": failure.advice if failure else "",
+                "last_error_seconds": now - connector.last_failed if failure else 0.0,
+                "failing_seconds": now - connector.failing_since if failure else 0.0,
                 "next_attempt_seconds": connector.next_attempt_seconds,
                 "stalled_by": self._slow_callbacks.last if self._slow_callbacks else "",
             },
@@ -431,9 +435,10 @@ class BoundPool(_compat.TellingPool[ACT]):
         life = self._binding
         opener: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._openers.add(opener)
+        self._open_until = max(self._open_until, monotonic() + timeout)
         try:
-            error = self._connector.last_error
-            if error is not None and _recovery.is_permanent(error):
+            failed = self._connector.last_failure
+            if failed is not None and failed.is_permanent:
                 self._tell_openers(self._open_error(None))
             await asyncio.wait({opener}, timeout=timeout)
         except BaseException:
@@ -469,11 +474,11 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     def _open_error(self, timeout: float | None) -> OpenError:
         """Return why the pool could not be opened: *timeout* seconds passed, or it never will."""
-        cause = self._connector.last_error
+        failed = self._connector.last_failure
         pending = self._connector.pending - self._configuring
-        if cause is not None:
-            why = _recovery.reason(cause)
-            hint = _recovery.advice(cause)
+        if failed is not None:
+            why = failed.words
+            hint = failed.advice
         elif pending:
             why = "the server does not answer"
             hint = (
@@ -493,8 +498,8 @@ class BoundPool(_compat.TellingPool[ACT]):
             f" Opened {self._binding.opened}.",
             hint=f"{hint} {see('open')}",
         )
-        if cause is not None:
-            error.__cause__ = cause.with_traceback(None)
+        if failed is not None:
+            error.__cause__ = failed.error
         return error
 
     # --- making connections ----------------------------------------------------------------
@@ -506,7 +511,8 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     async def _connect_with(self, conninfo: str, kwargs: dict[str, Any]) -> Any:
         conninfo = normalise(conninfo)
-        parse(conninfo)  # what a function returned: psycopg's own error may quote the password
+        # What a function returned: psycopg's own error may quote the password.
+        _attempt.attempt_here().params = {**parse(conninfo), **kwargs}
         kwargs = dict(kwargs)
         if self._application_name is not None:
             kwargs["application_name"] = self._application_name
@@ -530,7 +536,7 @@ class BoundPool(_compat.TellingPool[ACT]):
     async def make_connection(self) -> None:
         """Make one connection, configure it and add it to the pool; the connector calls this."""
         # Not in a variable: a task that fails, with its own frame in the traceback, is a cycle.
-        self._between.begin(current_task(), "making", "waiting for the server")
+        self._between.begin(current_task(), "making", _attempt.SERVER)
         try:
             await self._make_connection()
         finally:
@@ -571,37 +577,66 @@ class BoundPool(_compat.TellingPool[ACT]):
     def calls(self, doing: str, function: object = None) -> None:
         """Note what the attempt that runs now is at."""
         self._between.now(current_task(), doing, function)
+        _attempt.attempt_here().is_at(doing, function)
 
     def spare_attempts(self, wanted: int) -> int:
         """Forget those of *wanted* connections that nobody needs any more; return how many."""
         counted = _compat.total(self)
-        made = counted - self._connector.wanted
+        made = self._sessions_made()
         needed = min(self.max_size, max(self.min_size, made + len(self._line)))
         spare = max(0, min(wanted, counted - needed))
         if spare:
             _compat.forget_connections(self, spare)
         return spare
 
+    def room(self) -> int:
+        """Return how many attempts may be under way: `max_size` less the sessions there are."""
+        return self.max_size - self._sessions_made()
+
+    def _sessions_made(self) -> int:
+        """Return how many connections there are, in whosever hands."""
+        return _compat.total(self) - self._connector.wanted
+
     def may_start_tasks(self) -> bool:
         """Tell whether the tasks of this life go on: not if asyncio.run() is ending them."""
         return _compat.tasks_go_on(self)
 
-    def connect_failed(self, error: Exception) -> None:
-        """Note that a connection attempt has failed; the connector goes on by itself."""
-        connector = self._connector
-        if self._openers:
-            if _recovery.is_permanent(error):
-                self._tell_openers(self._open_error(None))
-        elif connector.failures == 1:
-            logger.warning(
-                'pool "%s": no connection can be made: %s; trying again until one can',
-                self.name,
-                _recovery.reason(error),
-            )
-        failing = monotonic() - connector.failing_since
-        if connector.failures == 1:
+    def connect_failed(self, failure: Failure, began: float) -> None:
+        """Note that an attempt has failed; the connector goes on by itself."""
+        if self._openers and failure.is_permanent:
+            self._tell_openers(self._open_error(None))
+        elif self._connector.failures == 1:
             self._outage_told = False
-        if not self._outage_told and failing > self.reconnect_timeout:
+            left = self._open_until - monotonic()
+            logger.warning(
+                'pool "%s": no connection can be made: %s; trying again until one can%s',
+                self.name,
+                failure.words,
+                f", open() waits for {left:.1f} s more" if self._openers else "",
+            )
+        if failure.is_permanent and not self._sessions_made():
+            self._refuse_waiters(failure, began)
+
+    def _refuse_waiters(self, failure: Failure, began: float) -> None:
+        """Tell those who wait in vain: an attempt that *began* later has failed, for good."""
+        waiters = [waiter for waiter in self._line if waiter.since <= began]
+        if not waiters:
+            return
+        diagnosis = self.diagnose()
+        for waiter in waiters:
+            self._line.leave(waiter)
+            error = AcquireTimeout(
+                f'cannot acquire a connection from pool "{self.name}": {failure.words}',
+                detail=diagnosis.detail,
+                hint=f"{failure.advice} {see('acquire-timeout')}",
+                diagnosis=diagnosis,
+            )
+            error.__cause__ = failure.error
+            waiter.refuse(error)
+
+    def outage_goes_on(self, seconds: float) -> None:
+        """Call `reconnect_failed` once for an outage that is longer than `reconnect_timeout`."""
+        if not self._outage_told and seconds > self.reconnect_timeout:
             self._outage_told = True
             self.start_own_task(self._tell_reconnect_failed)
 
@@ -610,10 +645,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             await self.reconnect_failed()
         except Exception as ex:
             logger.warning(
-                'pool "%s": the reconnect_failed callback failed: %s: %s',
-                self.name,
-                type(ex).__name__,
-                ex,
+                'pool "%s": %s', self.name, raised_by("the reconnect_failed callback", ex)
             )
 
     async def _prepare(self, conn: Any) -> None:
@@ -624,11 +656,14 @@ class BoundPool(_compat.TellingPool[ACT]):
             if self._user_configure is not None:
                 self.calls("in the configure callback", self._user_configure)
                 await self._user_configure(conn)
+                self.calls(_attempt.SERVER)
                 if (status := conn.pgconn.transaction_status) != IDLE:
-                    raise psycopg.ProgrammingError(
+                    raise ConfigError(
                         "the configure callback left the connection in status"
                         f" {pq.TransactionStatus(status).name}: commit at its end, or set"
-                        " autocommit"
+                        " autocommit",
+                        parameter="configure",
+                        hint=see("config"),
                     )
                 await _cleaning.note_configured(conn)
         except BaseException:
@@ -792,6 +827,8 @@ class BoundPool(_compat.TellingPool[ACT]):
         if _compat.total(self) < self.max_size or self._connector.wanted:
             self._help_growth()
         self._clock.watch(waiter)
+        if self._connector.last_failure is not None and not self._sessions_made():
+            self._connector.hurry()
         try:
             conn = await waiter.future
             line.leave(waiter)
@@ -924,7 +961,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             # Nobody has it, so no borrower has changed what is reported.
             answers = answers and self._failover.accept(conn)
         except Exception as ex:
-            logger.info('a connection of pool "%s" does not answer: %s', self.name, ex)
+            logger.info('a connection of pool "%s" does not answer: %s', self.name, in_words(ex))
         finally:
             timer.cancel()
             if answers and not verdict.done():
@@ -992,7 +1029,8 @@ class BoundPool(_compat.TellingPool[ACT]):
             await check(conn)
             same = conn.closed or conn._session.same_kind or await _cleaning.has_set_read_only(conn)
         except Exception as ex:
-            logger.info('a connection of pool "%s" failed its check: %s', self.name, ex)
+            why = raised_by("the check callback", ex)
+            logger.info('a connection of pool "%s" failed its check: %s', self.name, why)
         except BaseException:
             self._start_put_back(conn, from_getconn=True)
             raise
@@ -1223,7 +1261,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             try:
                 await conn.rollback()
             except Exception as ex:
-                logger.warning('pool "%s": error ignored in rollback: %s', self.name, ex)
+                logger.warning('pool "%s": error ignored in rollback: %s', self.name, in_words(ex))
             finally:
                 timer.cancel()
         if self._oversized and self._is_surplus():

@@ -1,144 +1,22 @@
 """
-Tell what a failed connection attempt means: whether another one can work.
-
-psycopg's connect errors carry no SQLSTATE (psycopg 3.3: ``sqlstate`` is None for all of them),
-so the answer comes from the class of the error and the text after ``FATAL:``, which the
-server's ``lc_messages`` may translate. What is not recognised is taken as passing: the price of
-that mistake is a retry, the price of the other one would be a service that gives up on a
-server that is only starting.
+When the connections of a pool are made: `Connector`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from contextvars import copy_context
+from functools import partial
 from time import monotonic
 from typing import Protocol, cast
 
-import psycopg
-
+from . import _attempt, _conninfo
+from ._attempt import Attempt, Failure
 from ._binding import weakly
 from ._connection import run_own
-from .errors import PoolkeeperError
 
 logger = logging.getLogger("poolkeeper")
-
-# Compiled when an attempt has failed, by re, which keeps them: importing costs less so.
-_PERMANENT = r"""
-    (?:password|SASL)\ authentication\ failed    # SASL: pgbouncer
-    | authentication\ failed\ for\ user            # ident, peer, ldap, gss ...
-    | role\ ".*"\ does\ not\ exist
-    | database\ ".*"\ does\ not\ exist
-    | is\ not\ permitted\ to\ log\ in
-    | no\ pg_hba\.conf\ entry
-    | pg_hba\.conf\ rejects\ connection
-    | permission\ denied\ for\ database
-    | is\ not\ currently\ accepting\ connections   # datallowconn = false
-    | no\ password\ supplied
-    | no\ such\ user                               # pgbouncer
-    | no\ such\ database                           # pgbouncer
-    | unsupported\ frontend\ protocol
-    | unrecognized\ configuration\ parameter
-    | invalid\ value\ for\ parameter
-    | server\ does\ not\ support\ SSL
-    | certificate\ verify\ failed
-    | requires\ a\ valid\ client\ certificate
-    | does\ not\ match\ host\ name                 # server certificate
-    """
-
-# getaddrinfo: the name does not exist, as against EAI_AGAIN ("temporary failure").
-_UNKNOWN_HOST = (
-    r"name or service not known|nodename nor servname provided|no address associated"
-    r"|getaddrinfo failed|name does not resolve"
-)
-
-
-def is_permanent(error: BaseException) -> bool:
-    """
-    Tell whether a connection attempt that failed with *error* would fail again.
-
-    Source:
-        psycopg 3.3, ``AsyncConnection.connect``; libpq and server messages of PostgreSQL 13-18;
-        PgBouncer 1.18.
-    """
-    if isinstance(error, psycopg.OperationalError):
-        text = str(error)
-        if getattr(error.pgconn, "needs_password", False):
-            return True
-        return bool(
-            re.search(_PERMANENT, text, re.VERBOSE | re.IGNORECASE)
-            or re.search(_UNKNOWN_HOST, text, re.IGNORECASE)
-        )
-    # Bad conninfo (ProgrammingError), an unusable loop (InterfaceError), a fault in the
-    # configure callback: the program is at fault, and stays so. OSError may pass.
-    return not isinstance(error, OSError)
-
-
-def reason(error: BaseException) -> str:
-    """Return the server's own words from a connect error, on one line."""
-    said = str(error.args[0]) if isinstance(error, PoolkeeperError) else str(error)
-    text = " ".join(said.split()) or type(error).__name__
-    _, fatal, after = text.rpartition("FATAL: ")
-    return after.strip() if fatal else text
-
-
-_NO_SLOT = "too many (clients|connections)|connection slots|no more connections"
-
-
-def has_no_slot(error: BaseException) -> bool:
-    """Tell whether the server is there, and has no room for one more connection."""
-    return isinstance(error, psycopg.OperationalError) and bool(
-        re.search(_NO_SLOT, str(error), re.IGNORECASE)
-    )
-
-
-_ADVICE: tuple[tuple[str, str], ...] = (
-    (
-        "password|authentication failed|is not permitted to log in",
-        "Check user and password in conninfo, PGPASSWORD and ~/.pgpass.",
-    ),
-    (r'role ".*" does not exist|no such user', "Check the user in conninfo, or create it."),
-    (
-        r'database ".*" does not exist|no such database|permission denied for database'
-        "|is not currently accepting connections",
-        "Check the database in conninfo, and that the user may connect to it.",
-    ),
-    ("pg_hba", "Let the server's pg_hba.conf accept this user, database and address."),
-    (
-        "failed to resolve|translate host name|name or service|name resolution",
-        "Check the host in conninfo, and that this machine can resolve it.",
-    ),
-    ("SSL|certificate", "Check sslmode and the certificates on both sides."),
-    (
-        _NO_SLOT,
-        "The server has no connection left for us: lower max_size times the number of"
-        " processes, or raise its max_connections.",
-    ),
-    (
-        "starting up|shutting down|recovery|not (yet )?accepting",
-        "The server is not ready; give open() more time.",
-    ),
-    (
-        "refused|no such file|connection reset|server closed",
-        "Check that the server runs and listens at this host and port.",
-    ),
-    ("timeout expired|timed out", "Check host and port, and what stands between."),
-    (
-        "invalid connection option|configure callback|^(conninfo|kwargs) ",
-        "Correct the program: it cannot pass.",
-    ),
-)
-
-
-def advice(error: BaseException) -> str:
-    """Return what to do about a failed connection attempt."""
-    text = str(error)
-    for pattern, words in _ADVICE:
-        if re.search(pattern, text, re.IGNORECASE):
-            return words
-    return "The cause above is the server's or the driver's own."
 
 
 class Pool(Protocol):
@@ -159,8 +37,16 @@ class Pool(Protocol):
         """Give up as many of *wanted* attempts as nobody needs any more, and return how many."""
         ...
 
-    def connect_failed(self, error: Exception) -> None:
-        """Note that an attempt has failed."""
+    def room(self) -> int:
+        """Return how many attempts may be under way: ``max_size`` less the sessions there are."""
+        ...
+
+    def connect_failed(self, failure: Failure, began: float) -> None:
+        """Note that an attempt, which *began* then, has failed or has no answer for long."""
+        ...
+
+    def outage_goes_on(self, seconds: float) -> None:
+        """Note that for so many *seconds* no connection could be made."""
         ...
 
 
@@ -173,19 +59,29 @@ class Connector:
     psycopg_pool's own way is to retry each lost connection on a schedule of its own that doubles
     without a bound: the longer the outage, the later it notices that it is over.
 
-    An attempt without an answer (a server that went silent, packets that are dropped) does not
-    stop the probing: another is started beside it, and when there are too many the youngest is
-    given up for a new one. So a server that answers new connections only is noticed as soon, and
-    the older ones have the time that a slow login needs. The oldest is given up in the end, with
-    growing patience, and counts as failed.
+    There are never more sessions and attempts together than ``max_size``, and an attempt is let
+    go on for as long as psycopg lets it: the ``connect_timeout`` of each server of a list, one
+    after the other. But one without an answer (a server that went silent, packets that are
+    dropped) does not stop the probing. Where there is room, another is started beside it, and
+    where there is none left, the youngest is given up for a new one. So a server that answers new
+    connections only is noticed as soon, and the oldest has the time that a slow login needs.
+    Where there is room for one only, see `_may_replace()`.
+
+    What is silence is learnt from logins: before the first one has ended, one way or the other,
+    an attempt is left alone for `FIRST_LOGIN` seconds.
     """
 
     PROBE_EVERY = 0.25
     PROBE_EVERY_IF_PERMANENT = 2.0
+    PROBE_IF_PERMANENT_AND_ASKED = 0.5
     BESIDE_AFTER = 0.5
+    FIRST_LOGIN = 3.0
     LOGINS = 3.0
     """How much longer than the last login an attempt may take until another is started."""
-    PATIENCE = 4.0
+    TOLD_AFTER = 4.0
+    """Seconds without an answer after which that is told of."""
+    PATIENCE = 1.0
+    MORE_PATIENCE = 1.5
     MOST_PATIENCE = 60.0
 
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
@@ -194,16 +90,19 @@ class Connector:
         self._context = copy_context()  # of open(): see BoundPool.start_own_task()
         self._wanted = 0
         """Connections to make; there may be more attempts than that, some beside others."""
-        self._attempts: dict[asyncio.Task[None], float] = {}
-        self._answered: set[asyncio.Task[None]] = set()
-        """Attempts that have a connection, and are configuring it."""
+        self._attempts: dict[asyncio.Task[None], Attempt] = {}
         self._given_up: set[asyncio.Task[None]] = set()
-        self._login_seconds = 0.0
+        self._login_seconds: float | None = None
         """How long the last attempt that was answered had to wait for it."""
+        self._heard_at = 0.0
+        """When an attempt ended last, one way or the other, that nobody gave up."""
+        self._silent_since: float | None = None
+        """Since when those under way, and those given up before them, have had no answer."""
+        self._silence_told = False
         self._timer: asyncio.TimerHandle | None = None
         self._patience = self.PATIENCE
         self._stopped = False
-        self.last_error: Exception | None = None
+        self.last_failure: Failure | None = None
         """Why the last attempt failed; None if it succeeded."""
         self.last_failed = 0.0
         self.failing_since = 0.0
@@ -216,6 +115,16 @@ class Connector:
         return len(self._attempts)
 
     @property
+    def attempts(self) -> list[Attempt]:
+        """The attempts under way, the oldest first; each tells what it waits for."""
+        return list(self._attempts.values())
+
+    @property
+    def last_error(self) -> Exception | None:
+        """What the last attempt raised; None if it succeeded."""
+        return None if self.last_failure is None else self.last_failure.error
+
+    @property
     def wanted(self) -> int:
         """How many connections are to be made, those under way included."""
         return self._wanted
@@ -223,7 +132,7 @@ class Connector:
     @property
     def next_attempt_seconds(self) -> float | None:
         """Seconds until the next probe; None if none is due."""
-        if self._timer is None or self.last_error is None:
+        if self._timer is None or self.last_failure is None:
             return None
         return max(0.0, self._timer.when() - self._loop.time())
 
@@ -236,16 +145,16 @@ class Connector:
         """Start what may be started now. Harmless at any time; mends what was cancelled."""
         if self._stopped or not self._pool.may_start_tasks():
             return
-        if self.last_error is None:
+        if self.last_failure is None:
             while len(self._attempts) < min(self._wanted, self._pool.num_workers):
                 self._start()
         self._arm()
 
     def answered(self) -> None:
         """Note that the server has answered the attempt that runs now."""
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        self._login_seconds = monotonic() - self._attempts.get(task, monotonic())
-        self._answered.add(task)
+        attempt = _attempt.attempt_here()
+        self._login_seconds = monotonic() - attempt.began
+        attempt.was_answered = True
 
     def claim(self) -> bool:
         """Tell whether a connection that was made is still wanted; it is not, from here on."""
@@ -273,25 +182,38 @@ class Connector:
         return list(self._attempts)
 
     def _start(self) -> None:
+        attempt = Attempt()
         task = self._context.copy().run(
-            self._loop.create_task, run_own(self._attempt), name=f"{self._pool.name}-connect"
+            self._loop.create_task,
+            run_own(partial(self._attempt, attempt)),
+            name=f"{self._pool.name}-connect",
         )
-        self._attempts[task] = monotonic()
+        self._attempts[task] = attempt
         task.add_done_callback(self._attempted)
 
-    async def _attempt(self) -> None:
+    async def _attempt(self, attempt: Attempt) -> None:
+        # No task in a variable here: one that is cancelled would keep its frames, and a socket.
+        _attempt.enter(attempt)
         try:
             await self._pool.make_connection()
         except Exception as ex:
             self._ended(asyncio.current_task())
-            self._failed(ex)
+            self._was_heard()
+            if self._login_seconds is None and attempt.function is None:
+                self._login_seconds = 0.0  # the server was heard of
+            self._failed(attempt.failure(ex), attempt.began)
         else:
             self._ended(asyncio.current_task())
+            self._was_heard()
             self._succeeded()
+
+    def _was_heard(self) -> None:
+        self._heard_at = monotonic()
+        self._silent_since = None
+        self._silence_told = False
 
     def _ended(self, task: asyncio.Task[None] | None) -> None:
         self._attempts.pop(cast("asyncio.Task[None]", task), None)
-        self._answered.discard(cast("asyncio.Task[None]", task))
 
     def _attempted(self, task: asyncio.Task[None]) -> None:
         self._ended(task)
@@ -303,32 +225,37 @@ class Connector:
             # still wanted; the next waiter lets it go on.
             self._disarm()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, failure: Failure, began: float) -> None:
         now = monotonic()
-        if self.last_error is None:
+        before = self.last_failure
+        if before is None:
             self.failing_since = now
-            self._disarm()  # the interval may be another one
-        # Without its traceback, whose frames would keep the socket open.
-        self.last_error = error.with_traceback(None)
+        if before is None or before.is_permanent is not failure.is_permanent:
+            self._disarm()  # the interval is another one
+        self.last_failure = failure
         self.last_failed = now
         self.failures += 1
-        self._pool.connect_failed(error)
+        self._pool.connect_failed(failure, began)
 
     def _succeeded(self) -> None:
-        if self.last_error is not None:
-            logger.info(
+        if self.last_failure is not None:
+            logger.warning(  # as loud as its beginning
                 'pool "%s": connections can be made again, after %.1f s and %d attempts',
                 self._pool.name,
                 monotonic() - self.failing_since,
                 self.failures,
             )
-        self.last_error = None
+        self.last_failure = None
         self.failures = 0
         self._patience = self.PATIENCE
         self._disarm()
-        silent = [task for task in self._attempts if task not in self._answered]
-        for task in silent[max(0, self._wanted - len(self._answered)) :]:
+        silent = self._silent()
+        for task in silent[max(0, self._wanted - (len(self._attempts) - len(silent))) :]:
             self._give_up(task)
+
+    def _silent(self) -> list[asyncio.Task[None]]:
+        """Return the attempts that have no answer yet, the oldest first."""
+        return [task for task, attempt in self._attempts.items() if not attempt.was_answered]
 
     def _give_up(self, task: asyncio.Task[None]) -> None:
         self._given_up.add(task)
@@ -339,19 +266,30 @@ class Connector:
             self._timer.cancel()
             self._timer = None
 
-    def _arm(self) -> None:
+    def hurry(self) -> None:
+        """Let somebody who waits now not wait for long to learn that it is in vain."""
+        if self._timer is None or self.last_failure is None or not self.last_failure.is_permanent:
+            return
+        soon = self.last_failed + self.PROBE_IF_PERMANENT_AND_ASKED - monotonic()
+        if self._timer.when() - self._loop.time() > soon:
+            self._disarm()
+            self._arm(max(0.0, soon))
+
+    def _arm(self, delay: float | None = None) -> None:
         if self._timer is not None or self._stopped or not self._wanted:
             return
-        delay = self.PROBE_EVERY
-        if self.last_error is not None and is_permanent(self.last_error):
-            delay = self.PROBE_EVERY_IF_PERMANENT
+        if delay is None:
+            failed = self.last_failure
+            permanent = failed is not None and failed.is_permanent
+            delay = self.PROBE_EVERY_IF_PERMANENT if permanent else self.PROBE_EVERY
         self._timer = self._loop.call_later(delay, weakly(self._probe), context=self._context)
 
     def _probe(self) -> None:
         self._timer = None
         if not self._pool.may_start_tasks():
             return
-        if self.last_error is not None:
+        if self.last_failure is not None:
+            self._pool.outage_goes_on(monotonic() - self.failing_since)
             self._wanted -= self._pool.spare_attempts(self._wanted - len(self._attempts))
         if self._wanted and self._may_start_beside():
             self._start()
@@ -359,24 +297,41 @@ class Connector:
 
     def _may_start_beside(self) -> bool:
         """Tell whether a probe may start although others have had no answer yet."""
-        silent = [task for task in self._attempts if task not in self._answered]
+        silent = self._silent()
         if not silent:
             return not self._attempts
         now = monotonic()
-        patience = max(self.BESIDE_AFTER, self.LOGINS * self._login_seconds)
-        if now - self._attempts[silent[-1]] < patience:
+        oldest, youngest = self._attempts[silent[0]], self._attempts[silent[-1]]
+        usual = self._login_seconds
+        long = self.FIRST_LOGIN if usual is None else self.LOGINS * usual
+        if self._silent_since is None:
+            self._silent_since = max(oldest.began, self._heard_at)
+        if not self._silence_told and now - self._silent_since >= max(self.TOLD_AFTER, long):
+            self._silence_told = True
+            self._failed(oldest.silence(now - self._silent_since), oldest.began)
+        if now - youngest.began < max(self.BESIDE_AFTER, long):
             return False
-        if len(self._attempts) < max(2, self._pool.num_workers):
+        if len(self._attempts) < min(self._pool.room(), max(2, self._pool.num_workers)):
             return True
-        if now - self._attempts[silent[0]] >= self._patience:
-            seconds = now - self._attempts[silent[0]]
-            self._patience = min(self._patience * 2, self.MOST_PATIENCE)
+        if len(silent) > 1:
+            if youngest.function is None:  # what the user does is not ours to give up
+                self._give_up(silent[-1])
+        elif self._may_replace(oldest, max(self._patience, 2 * long), now):
+            self._patience = min(self._patience * self.MORE_PATIENCE, self.MOST_PATIENCE)
             self._give_up(silent[0])
-            self._failed(
-                psycopg.errors.ConnectionTimeout(
-                    f"no answer from the server for {seconds:.1f} s: timed out"
-                )
-            )
-        else:
-            self._give_up(silent[-1])
         return False
+
+    def _may_replace(self, attempt: Attempt, patience: float, now: float) -> bool:
+        """
+        Tell whether the only attempt that there is room for may be given up for a new one.
+
+        Only one that may be in vain for as long as psycopg's default, two minutes for each
+        address: the user has not said how long it may take, and there is no second server that
+        it would come to. With growing patience, for it may be a login that has become slow.
+        """
+        return (
+            now - attempt.began >= patience
+            and attempt.function is None
+            and not _conninfo.has_timeout(attempt.params)
+            and _conninfo.servers(attempt.params) == 1
+        )

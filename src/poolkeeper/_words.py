@@ -64,23 +64,37 @@ _SENTENCES = r"""
     """
 
 
-def in_words(error: BaseException, names: Collection[str] | None = None) -> str:
+def in_words(error: BaseException) -> str:
     """
     Return *error* in one line that holds no password, query text or parameter.
 
-    Args:
-        error: What was raised. With its traceback, if where it was raised is to be told.
-        names: For psycopg's error of a failed login: the names of host, user, database and the
-            like, which its words may quote. None for any other error.
+    With its traceback, the line tells where it was raised.
     """
     if isinstance(error, PoolkeeperError):
-        return " ".join(str(error.args[0] if error.args else "").split()) or class_name(error)
-    if names is not None:
-        return "; ".join(dict.fromkeys(_at_login(said, names) for said in each_host(str(error))))
-    if isinstance(error, psycopg.Error):
-        return _of_psycopg(error)
-    system = _of_the_system(error)
-    return _placed(f"{class_name(error)} ({system})" if system else class_name(error), error)
+        return _known(error) or class_name(error)
+    if isinstance(error, psycopg.Error) and (said := _sentence(error)):
+        return f"{said} (SQLSTATE {state})" if (state := _state(error)) else said
+    place = raised_at(error)
+    return f"{_named(error)}, raised at {place}" if place else _named(error)
+
+
+def raised_by(whose: str, error: BaseException) -> str:
+    """Return in words that *whose* function has raised *error*."""
+    place = raised_at(error)
+    return (
+        f"{whose} ({place}) raised {_named(error)}" if place else f"{whose} raised {_named(error)}"
+    )
+
+
+def at_login(error: psycopg.Error | str, names: Collection[str]) -> str:
+    """
+    Return in one line what psycopg says of a failed login; what it quotes only if it is known.
+
+    Args:
+        error: An error that psycopg itself has raised, or what it says of one server.
+        names: Names of hosts, users, databases and settings that may be shown.
+    """
+    return "; ".join(dict.fromkeys(_at_login(said, names) for said in each_host(str(error))))
 
 
 def class_name(error: BaseException) -> str:
@@ -101,25 +115,31 @@ def each_host(text: str) -> list[str]:
     return re.split(r"(?:^|\n)- host: .*, port: .*, hostaddr: (?:None|'[^'\n]*'): ", texts)[1:]
 
 
-def _placed(words: str, error: BaseException) -> str:
-    place = raised_at(error)
-    return f"{words}, raised at {place}" if place else words
+def _named(error: BaseException) -> str:
+    known = _known(error)
+    return f"{class_name(error)} ({known})" if known else class_name(error)
 
 
-def _of_the_system(error: BaseException) -> str:
-    """Return the system's own words for its error; not what came with it, such as a path."""
+def _known(error: BaseException) -> str:
+    """Return what can be said of *error* beside its class; "" if that is nothing."""
+    if isinstance(error, PoolkeeperError):
+        return " ".join(str(error.args[0] if error.args else "").split())
+    if isinstance(error, psycopg.Error):
+        state = f"SQLSTATE {_state(error)}" if _state(error) else ""
+        return ", ".join(filter(None, (_sentence(error), state)))
+    # The system's own words for its error; not what came with it, such as a path.
     number = error.errno if isinstance(error, OSError) else None
     return os.strerror(number) if isinstance(number, int) and number in errno.errorcode else ""
 
 
-def _of_psycopg(error: psycopg.Error) -> str:
+def _sentence(error: psycopg.Error) -> str:
     said = (error.diag.message_primary or str(error)).partition("\n")[0].strip()
-    if not re.fullmatch(_SENTENCES, said, re.VERBOSE):
-        said = ""
-    state = error.sqlstate if re.fullmatch("[0-9A-Z]{5}", error.sqlstate or "") else None
-    if said:
-        return f"{said} (SQLSTATE {state})" if state else said
-    return _placed(f"{class_name(error)} (SQLSTATE {state})" if state else class_name(error), error)
+    return said if re.fullmatch(_SENTENCES, said, re.VERBOSE) else ""
+
+
+def _state(error: psycopg.Error) -> str:
+    state = error.sqlstate or ""
+    return state if re.fullmatch("[0-9A-Z]{5}", state) else ""
 
 
 # --- a failed login ---------------------------------------------------------------------------
@@ -132,7 +152,10 @@ _MARK = r"""["“”„»«‹›「」]|(?<!\w)'|'(?!\w)"""
 def _at_login(said: str, names: Collection[str]) -> str:
     """Return what one server, or libpq of it, said to a login, without what may be secret."""
     before, fatal, after = said.strip().partition("FATAL: ")
-    words = " ".join(_hide_quoted((after if fatal else before).strip(), names).split())
+    text = (after if fatal else before).strip()
+    where = re.match(_WHERE, text)
+    to = where.end() if where else 0
+    words = " ".join(f"{_hide_quoted(text[:to], names)}{_hide_quoted(text[to:], names)}".split())
     if fatal:
         words = ": ".join(_up_to_unknown(words.split(": "), names))
     return words or "no reason was given"
@@ -147,13 +170,19 @@ def _up_to_unknown(pieces: list[str], names: Collection[str]) -> Iterator[str]:
         yield piece
 
 
+# Of libpq: which server it speaks of.
+_WHERE = (
+    r'(?:connection [a-z ]{1,20}: )?connection to server (?:at|on socket) "[^"]*"'
+    r"(?: \([0-9a-fA-F.:]*\))?(?:, port \d+)? failed: "
+)
 _AFTER_COLON = rf'FATAL .*|server supports [\d. to]+|"{re.escape(HIDDEN)}"'
+_FURTHER = ("DETAIL:", "HINT:", "\tIs the server", "\tThis probably", "\tbefore or while")
 
 
 def _hide_quoted(text: str, names: Collection[str]) -> str:
     """Return the first line of *text*; what it quotes is hidden, but for *names* and addresses."""
-    # Further lines are the server's DETAIL or libpq's guesses, unless what is quoted has several.
-    line, cut, _ = text.partition("\n")
+    line, _, more = text.partition("\n")
+    cut = more and not more.startswith(_FURTHER)  # then what is quoted has several lines
     shown: list[str] = []
     for quoted in _quoted(line, names):
         line = line.replace(quoted, f"\0{len(shown)}\0")

@@ -210,7 +210,7 @@ async def test_an_unknown_parameter_from_a_function_is_an_error_at_once(
 async def test_a_function_that_raises_is_an_error_at_once(
     make_manager: MakeManager, dsn: str, parameter: str, is_async: bool
 ) -> None:
-    """A fault of the program stays one; what may pass is an OSError or psycopg's own."""
+    """If it is a fault of the program; see the next one for what may pass."""
 
     def plain() -> Any:
         raise KeyError("DATABASE_URL")
@@ -225,31 +225,46 @@ async def test_a_function_that_raises_is_an_error_at_once(
     )
     error, seconds = await fails_to_open(manager)
     assert seconds < AT_ONCE
-    assert "DATABASE_URL" in str(error)
+    first = str(error).splitlines()[0]
+    assert f"the {parameter} function (" in first
+    assert "test_open.py:" in first
+    assert first.endswith(f" in {function.__name__}) raised KeyError")
+    assert "DATABASE_URL" not in str(error)
     assert isinstance(error.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("error_class", [ConnectionRefusedError, RuntimeError, ValueError])
 async def test_a_function_that_cannot_reach_its_source_is_asked_again(
-    make_manager: MakeManager, dsn: str
+    make_manager: MakeManager,
+    dsn: str,
+    error_class: type[Exception],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     calls = []
 
     async def token() -> str:
         calls.append(1)
         if len(calls) < 3:
-            raise ConnectionRefusedError("the vault does not answer")
+            raise error_class("the vault does not answer: password authentication failed")
         return dsn
 
     manager = make_manager(token, min_size=1, max_size=1)
     await manager.open()
     assert await value(manager) == 42
     await manager.close()
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "the conninfo function (" in told[0]
+    assert f"raised {error_class.__name__}; trying again" in told[0]
+    assert "open() waits for" in told[0]
+    assert "can be made again" in told[1]
+    assert "vault" not in caplog.text
 
     def never() -> str:
         raise TimeoutError("the vault does not answer")
 
     error, _ = await fails_to_open(make_manager(never), timeout=1)
-    assert "the vault does not answer" in str(error)
+    assert "in never) raised TimeoutError" in str(error)
     assert isinstance(error.__cause__, TimeoutError)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 import psycopg
 import pytest
 
+from poolkeeper._attempt import Failure, attempt_here
 from poolkeeper._recovery import Connector
 from tests.unit.fake_time import FakeLoop
 
@@ -18,24 +21,43 @@ NO_ROLE = psycopg.OperationalError('FATAL:  role "app" does not exist')
 PROBE = Connector.PROBE_EVERY
 
 
+_psycopg: dict[str, Any] = {"__name__": "psycopg"}
+exec("def fail(error): raise error", _psycopg)
+as_psycopg = _psycopg["fail"]
+"""Raises an error as psycopg does, which alone is asked what the server said."""
+
+
 class FakePool:
     """A pool whose server answers when and what the test says."""
 
     name = "orders"
     num_workers = 3
+    max_size = 100
+    outage = 0.0
     connector: Connector
+    params: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.attempts: list[asyncio.Future[None]] = []
         self.made = 0
-        self.failed: list[Exception] = []
+        self.failed: list[Failure] = []
         self.spare = 0
         self.tasks_go_on = True
 
+    def room(self) -> int:
+        return self.max_size - self.made
+
+    def outage_goes_on(self, seconds: float) -> None:
+        self.outage = seconds
+
     async def make_connection(self) -> None:
+        attempt_here().params = self.params
         attempt = asyncio.get_running_loop().create_future()
         self.attempts.append(attempt)
-        await attempt
+        try:
+            await attempt
+        except psycopg.Error as ex:
+            as_psycopg(ex.with_traceback(None))
         self.connector.answered()
         if self.connector.claim():
             self.made += 1
@@ -48,8 +70,8 @@ class FakePool:
         self.spare -= given_up
         return given_up
 
-    def connect_failed(self, error: Exception) -> None:
-        self.failed.append(error)
+    def connect_failed(self, failure: Failure, began: float) -> None:
+        self.failed.append(failure)
 
     @property
     def unanswered(self) -> list[asyncio.Future[None]]:
@@ -85,6 +107,11 @@ class Server:
             self.loop.pass_time(1 / 16)  # a float that adds up
             await settle()
 
+    async def log_in(self) -> None:
+        """Let one connection be made at once: from here on it is known how long that takes."""
+        await self.want(1)
+        await self.answer()
+
     async def until_refused(self, number: int = 1) -> None:
         """Let *number* connections be wanted, and the server refuse."""
         await self.want(number)
@@ -100,6 +127,7 @@ async def settle() -> None:
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     server = Server()
     monkeypatch.setattr("poolkeeper._recovery.monotonic", server.loop.time)
+    monkeypatch.setattr("poolkeeper._attempt.monotonic", server.loop.time)
     yield server
     tasks = server.connector.stop()
     await settle()
@@ -284,18 +312,20 @@ async def test_an_attempt_without_an_answer_needs_no_failure_to_be_noticed(
     server: Server,
 ) -> None:
     """Packets are dropped from one moment to the next: nothing ever fails."""
+    await server.log_in()
     await server.want(1)
     await server.pass_time(Connector.BESIDE_AFTER + PROBE)
     assert len(server.pool.unanswered) == 2
     server.pool.unanswered[1].set_result(None)
     await settle()
-    assert server.pool.made == 1
+    assert server.pool.made == 2
     assert not server.pool.unanswered  # the other one is not wanted any more
     assert not server.loop.timers
 
 
 async def test_the_youngest_is_given_up_for_a_new_one_again_and_again(server: Server) -> None:
     """Of a server that answers new connections only, and of a slow one alike."""
+    await server.log_in()
     await server.want(3)
     first, second, third = server.pool.unanswered
     for _ in range(3):
@@ -307,13 +337,14 @@ async def test_the_youngest_is_given_up_for_a_new_one_again_and_again(server: Se
 
 
 async def test_both_of_two_that_are_answered_at_once_are_not_both_kept(server: Server) -> None:
+    await server.log_in()
     await server.want(1)
     await server.pass_time(Connector.BESIDE_AFTER + PROBE)
-    for attempt in server.pool.unanswered:
-        attempt.set_result(None)
-    await settle()
-    assert server.pool.made == 1
+    assert len(server.pool.unanswered) == 2
+    await server.answer()
+    assert server.pool.made == 2
     assert server.connector.wanted == 0
+    assert not server.connector.claim()
 
 
 async def test_logins_that_are_slow_are_not_taken_for_silence(server: Server) -> None:
@@ -328,52 +359,118 @@ async def test_logins_that_are_slow_are_not_taken_for_silence(server: Server) ->
     assert server.pool.made == 2
 
 
-async def test_no_answer_is_a_failure_in_the_end(server: Server) -> None:
-    await server.want(1)
-    await server.pass_time(Connector.PATIENCE + 1)
-    assert isinstance(server.connector.last_error, psycopg.errors.ConnectionTimeout)
-    assert server.pool.failed == [server.connector.last_error]
-
-
-@pytest.mark.parametrize("wanted", [1, 2, 3, 10])
-async def test_the_oldest_is_given_up_with_growing_patience(server: Server, wanted: int) -> None:
-    """However few are wanted: those under way may be all of them."""
-    await server.until_refused(wanted)
-    await server.pass_time(PROBE)
-    given_up = []
-    for _ in range(30 * 4):
-        oldest = server.pool.unanswered[0] if server.pool.unanswered else None
-        await server.pass_time(PROBE)
-        if oldest is not None and oldest.cancelled():
-            given_up.append(server.loop.now)
-    assert 3 <= len(given_up) <= 8
-    assert len(server.pool.attempts) < wanted + 30 * 2  # two in a second
-    assert server.connector.wanted == wanted
-    assert server.connector._patience > Connector.PATIENCE
+async def test_the_first_login_may_be_slow(server: Server) -> None:
+    """Nothing is known yet of how long one takes: there is one attempt for each connection."""
+    await server.want(2)
+    await server.pass_time(Connector.FIRST_LOGIN - 0.5)
+    assert len(server.pool.attempts) == 2
+    await server.pass_time(2)
+    assert len(server.pool.attempts) == 3
+    assert not any(attempt.cancelled() for attempt in server.pool.attempts)
     await server.answer()
-    assert server.connector._patience == Connector.PATIENCE
-    assert server.connector.last_error is None
+    assert server.pool.made == 2
 
 
-async def test_the_patience_doubles_up_to_a_bound(server: Server) -> None:
-    await server.until_refused(3)
-    patience = {server.connector._patience}
-    for _ in range(300 * 4):
+@pytest.mark.parametrize("size", [2, 3, 5])
+async def test_sessions_and_attempts_are_never_more_than_max_size(
+    server: Server, size: int
+) -> None:
+    server.pool.max_size = size
+    await server.log_in()
+    await server.want(size - 1)
+    for _ in range(40):
         await server.pass_time(PROBE)
-        patience.add(server.connector._patience)
-    assert sorted(patience) == [4.0, 8.0, 16.0, 32.0, 60.0]
+        assert server.pool.made + len(server.pool.unanswered) <= size
+    await server.answer()
+    for _ in range(5):
+        await server.answer()
+    assert server.pool.made == size
 
 
-async def test_a_connection_that_another_attempt_made_first_is_not_wanted(
+async def test_no_answer_is_told_of_once_and_the_attempt_goes_on(server: Server) -> None:
+    server.pool.max_size = 2
+    await server.want(1)
+    await server.pass_time(Connector.FIRST_LOGIN + 1)
+    assert isinstance(server.connector.last_error, psycopg.errors.ConnectionTimeout)
+    assert server.pool.failed == [server.connector.last_failure]
+    first = server.pool.attempts[0]
+    assert not first.done()
+    await server.pass_time(5)
+    assert server.connector.failures == 1
+    assert server.pool.outage > 4
+    first.set_result(None)
+    await settle()
+    assert server.connector.last_failure is None
+    assert server.pool.made == 1
+
+
+@pytest.mark.parametrize("size", [2, 10])
+async def test_the_oldest_has_all_the_time_that_psycopg_gives_it(server: Server, size: int) -> None:
+    server.pool.max_size = size
+    await server.until_refused(size)
+    await server.pass_time(PROBE)
+    (oldest,) = server.pool.unanswered
+    begin = len(server.pool.attempts)
+    await server.pass_time(130)
+    assert not oldest.done()
+    assert len(server.pool.attempts) < begin + 2.5 * 130  # between one and two in a second
+    assert server.connector.wanted == size
+
+
+async def test_the_only_one_that_there_is_room_for_is_replaced_with_growing_patience(
     server: Server,
 ) -> None:
-    await server.want(1)
-    await server.pass_time(2)
-    assert len(server.pool.unanswered) >= 2
+    server.pool.max_size = 1
+    await server.until_refused(1)
+    await server.pass_time(PROBE)
+    began = [server.loop.now]
+    for _ in range(400 * 4):
+        before = len(server.pool.attempts)
+        await server.pass_time(PROBE)
+        if len(server.pool.attempts) > before:
+            began.append(server.loop.now)
+        assert len(server.pool.unanswered) <= 1
+    lasted = [after - before for before, after in itertools.pairwise(began)]
+    assert lasted == sorted(lasted)
+    assert lasted[0] < 2
+    assert 60 <= lasted[-1] < 62
+    assert all(after <= 1.5 * before + 4 * PROBE for before, after in itertools.pairwise(lasted))
     await server.answer()
+    assert server.connector._patience == Connector.PATIENCE
+
+
+@pytest.mark.parametrize(
+    "params", [{"connect_timeout": "100"}, {"host": "a,b"}, {"hostaddr": "1.1.1.1,1.1.1.2"}]
+)
+async def test_the_only_one_is_left_alone_if_the_user_or_a_list_of_servers_says_so(
+    server: Server, params: dict[str, str]
+) -> None:
+    server.pool.max_size = 1
+    server.pool.params = params
+    await server.until_refused(1)
+    await server.pass_time(90)
+    (attempt,) = server.pool.unanswered
+    assert len(server.pool.attempts) == 2
+    attempt.set_result(None)
+    await settle()
     assert server.pool.made == 1
-    assert server.connector.wanted == 0
-    assert not server.connector.claim()
+
+
+async def test_who_asks_does_not_wait_long_for_a_reason_that_stays(server: Server) -> None:
+    await server.want(1)
+    await server.answer(NO_ROLE)
+    await server.pass_time(0.25)
+    server.connector.hurry()
+    await server.pass_time(0.25)
+    assert len(server.pool.unanswered) == 1
+    await server.answer(NO_ROLE)
+    await server.pass_time(1)
+    server.connector.hurry()
+    await server.pass_time(1 / 16)
+    assert len(server.pool.unanswered) == 1
+    await server.answer(REFUSED)
+    server.connector.hurry()
+    assert server.connector.next_attempt_seconds == PROBE
 
 
 async def test_a_connection_that_was_claimed_and_lost_is_wanted_again(server: Server) -> None:

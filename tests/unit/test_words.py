@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from poolkeeper import ConfigError, OpenError
-from poolkeeper._words import in_words
+from poolkeeper._words import at_login, in_words
 
 AT = 'connection failed: connection to server at "10.0.0.9", port 5432 failed: '
 SECRET = "hunter2"
@@ -140,6 +140,12 @@ NAMES = ("app", "shop", "db.example", "10.0.0.9", "colour")
             'failed to resolve host "***": [Errno -2] Name or service not known',
         ),
         ("connection timeout expired", "connection timeout expired"),
+        (
+            f'connection failed: connection to server at "{SECRET}" (127.0.0.1), port 5432 failed:'
+            f' server certificate for "{SECRET}" does not match host name "db.example"',
+            'connection failed: connection to server at "***" (127.0.0.1), port 5432 failed:'
+            ' server certificate for "***" does not match host name "db.example"',
+        ),
         (" \n", "no reason was given"),
         (
             f"{AT}Connection refused\nMultiple connection attempts failed. All failures were:\n"
@@ -152,4 +158,4 @@ NAMES = ("app", "shop", "db.example", "10.0.0.9", "colour")
 )
 def test_of_a_failed_login_what_is_quoted_is_shown_where_it_is_known(text: str, words: str) -> None:
     error: Any = psycopg.OperationalError(text)
-    assert in_words(error, NAMES) == words.removeprefix("FATAL:  ")
+    assert at_login(error, NAMES) == words.removeprefix("FATAL:  ")

@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import ConfigError
-from poolkeeper._recovery import advice, is_permanent, reason
+from poolkeeper import ConfigError, _attempt
+from poolkeeper._attempt import Attempt, Failure, of_login
 
 AT = 'connection failed: connection to server at "10.0.0.9", port 5432 failed: '
 
@@ -27,7 +27,14 @@ NOT_READY = "The server is not ready; give open() more time."
 LISTENS = "Check that the server runs and listens at this host and port."
 SILENT = "Check host and port, and what stands between."
 PROGRAM = "Correct the program: it cannot pass."
+SETTINGS = "Check options and settings in conninfo, kwargs and PGOPTIONS."
 NONE = "The cause above is the server's or the driver's own."
+
+STRANGERS = [
+    "expected authentication request from server, but received H",
+    "received invalid response to SSL negotiation: H",
+    "received invalid response to GSSAPI negotiation: H",
+]
 
 FOR_EVER = [
     # PostgreSQL 13-18
@@ -63,8 +70,8 @@ FOR_EVER = [
         ' database "shop", no encryption',
         HBA,
     ),
-    ('FATAL:  unrecognized configuration parameter "colour"', NONE),
-    ('FATAL:  invalid value for parameter "TimeZone": "Mars"', NONE),
+    ('FATAL:  unrecognized configuration parameter "colour"', SETTINGS),
+    ('FATAL:  invalid value for parameter "TimeZone": "Mars"', SETTINGS),
     (
         "FATAL:  unsupported frontend protocol 3.2: server supports 3.0 to 3.0",
         NONE,
@@ -161,24 +168,25 @@ PASSING = [
 @pytest.mark.parametrize(("text", "what_to_do"), FOR_EVER)
 @pytest.mark.parametrize("before", ["", AT])
 def test_a_reason_that_stays_is_permanent(before: str, text: str, what_to_do: str) -> None:
-    error = psycopg.OperationalError(before + text)
-    assert is_permanent(error)
-    assert advice(error) == what_to_do
+    failure = of_login(psycopg.OperationalError(before + text), frozenset())
+    assert failure.is_permanent
+    assert failure.advice == what_to_do
 
 
 @pytest.mark.parametrize("text", UNKNOWN_HOST)
 def test_a_host_that_does_not_exist_is_permanent(text: str) -> None:
-    error = psycopg.OperationalError(text)
-    assert is_permanent(error)
-    assert advice(error) == HOST
+    failure = of_login(psycopg.OperationalError(text), frozenset())
+    assert failure.is_permanent
+    assert failure.advice == HOST
+    assert failure.kind == _attempt.UNRESOLVED
 
 
 @pytest.mark.parametrize(("text", "what_to_do"), PASSING)
 @pytest.mark.parametrize("before", ["", AT])
 def test_a_reason_that_may_pass_is_not_permanent(before: str, text: str, what_to_do: str) -> None:
-    error = psycopg.OperationalError(before + text)
-    assert not is_permanent(error)
-    assert advice(error) == what_to_do
+    failure = of_login(psycopg.OperationalError(before + text), frozenset())
+    assert not failure.is_permanent
+    assert failure.advice == what_to_do
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -186,16 +194,58 @@ def test_a_password_that_was_asked_for_and_not_given_is_known_without_words(need
     """Whatever language the server speaks."""
     pgconn: Any = SimpleNamespace(needs_password=needed)
     error = psycopg.OperationalError("FATAL:  Passwort fehlt", pgconn=pgconn)
-    assert is_permanent(error) is needed
+    assert of_login(error, frozenset()).is_permanent is needed
+
+
+@pytest.mark.parametrize("text", STRANGERS)
+def test_what_can_be_no_postgresql_is_permanent(text: str) -> None:
+    failure = of_login(psycopg.OperationalError(AT + text), frozenset())
+    assert failure.is_permanent
+    assert failure.kind == _attempt.STRANGE
+
+
+def test_names_are_not_read() -> None:
+    """A database may be called as a reason is."""
+    text = 'FATAL:  the database "no pg_hba.conf entry" is tired'
+    assert not of_login(psycopg.OperationalError(AT + text), frozenset()).is_permanent
+
+
+ALL = "\nMultiple connection attempts failed. All failures were:\n"
+REFUSED = "- host: 'a', port: '1', hostaddr: None: Connection refused\n\tIs the server running?"
+NO_ROLE = "- host: 'b', port: '2', hostaddr: '::1': FATAL:  role \"app\" does not exist"
+
+
+@pytest.mark.parametrize(
+    ("texts", "servers", "permanent", "kind"),
+    [
+        ([REFUSED, NO_ROLE], 2, False, _attempt.UNREACHED),
+        ([NO_ROLE, REFUSED], 2, False, _attempt.UNREACHED),
+        ([NO_ROLE, NO_ROLE], 2, True, _attempt.REFUSES_LOGIN),
+        ([NO_ROLE, NO_ROLE], 1, True, _attempt.REFUSES_LOGIN),
+        ([NO_ROLE, NO_ROLE], 3, False, _attempt.REFUSES_LOGIN),
+    ],
+)
+def test_of_several_servers_a_reason_stays_if_it_does_for_each(
+    texts: list[str], servers: int, permanent: bool, kind: str
+) -> None:
+    """Of a name that cannot be resolved, where another one can, psycopg says nothing."""
+    error = psycopg.OperationalError("the last" + ALL + "\n".join(texts))
+    failure = of_login(error, frozenset(), servers)
+    assert (failure.is_permanent, failure.kind) == (permanent, kind)
+
+
+def raised(error: Exception, of: Attempt | None = None) -> Failure:
+    """Return what it means that the program raises *error* in an attempt."""
+    try:
+        raise error
+    except Exception as ex:
+        return (of or Attempt()).failure(ex)
 
 
 @pytest.mark.parametrize(
     ("error", "permanent"),
     [
-        (psycopg.ProgrammingError('invalid connection option "colour"'), True),
-        (psycopg.InterfaceError("Psycopg cannot use the 'ProactorEventLoop'"), True),
         (ConfigError("conninfo cannot work: …", parameter="conninfo"), True),
-        (ZeroDivisionError("in the configure callback"), True),
         (TypeError("connect() got an unexpected keyword argument"), True),
         (ConnectionRefusedError("refused"), False),
         (TimeoutError(), False),
@@ -206,60 +256,53 @@ def test_a_password_that_was_asked_for_and_not_given_is_known_without_words(need
 def test_a_fault_of_the_program_is_permanent_one_of_the_system_is_not(
     error: Exception, permanent: bool
 ) -> None:
-    assert is_permanent(error) is permanent
+    failure = raised(error)
+    assert failure.is_permanent is permanent
+    assert failure.error is error
+    assert error.__traceback__ is None
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "permanent"),
     [
-        (
-            psycopg.OperationalError(f'{AT}FATAL:  role "app" does not exist\n'),
-            'role "app" does not exist',
-        ),
-        (
-            psycopg.OperationalError(
-                f"{AT}FATAL:  the database system is not yet accepting connections\n"
-                "DETAIL:  Consistent recovery state has not been yet reached.\n"
-            ),
-            "the database system is not yet accepting connections"
-            " DETAIL: Consistent recovery state has not been yet reached.",
-        ),
-        (
-            psycopg.OperationalError(f"{AT}Connection refused\n\tIs the server running?"),
-            f"{AT}Connection refused Is the server running?",
-        ),
-        (
-            psycopg.OperationalError(
-                f"{AT}Connection refused\nMultiple connection attempts failed. All failures were:\n"
-                f"- host: 'localhost', port: None, hostaddr: '::1': {AT}Connection refused\n"
-                "- host: 'localhost', port: None, hostaddr: '127.0.0.1': "
-                f'{AT}FATAL:  role "app" does not exist'
-            ),
-            'role "app" does not exist',
-        ),
-        (TimeoutError(), "TimeoutError"),
-        (psycopg.OperationalError(" \n"), "OperationalError"),
-        (
-            ConfigError("conninfo cannot work: …", detail="Facts.", hint="Advice."),
-            "conninfo cannot work: …",
-        ),
+        (KeyError("tenant"), True),
+        (NameError("secret"), True),
+        (psycopg.errors.SyntaxError("secret"), True),
+        (psycopg.errors.LockNotAvailable("secret"), False),
+        (RuntimeError("the vault timed out"), False),
+        (ValueError("password authentication failed"), False),
+        (psycopg.OperationalError("FATAL:  role does not exist"), False),
     ],
+    ids=repr,
 )
-def test_the_reason_is_the_servers_own_words_on_one_line(error: Exception, words: str) -> None:
-    assert reason(error) == words
+def test_what_a_function_of_the_users_raises_is_not_read(error: Exception, permanent: bool) -> None:
+    attempt = Attempt()
+    attempt.is_at("in the conninfo function", raised)
+    failure = raised(error, attempt)
+    assert failure.is_permanent is permanent
+    assert failure.words.startswith("the conninfo function (")
+    assert "test_attempt.py:" in failure.words
+    assert "in raised) raised " in failure.words
+    assert failure.kind == "the conninfo function failed"
+    assert "the conninfo function" in failure.advice
+    for text in (failure.words, failure.kind, failure.advice):
+        assert str(error.args[0]) not in text
+
+
+def test_what_a_connect_of_the_users_raises_is_not_read() -> None:
+    failure = raised(psycopg.OperationalError("FATAL:  password authentication failed"))
+    assert not failure.is_permanent
+    assert "the connect() of the connection class" in failure.words
 
 
 @pytest.mark.parametrize(
     ("error", "what_to_do"),
     [
         (psycopg.ProgrammingError('invalid connection option "colour"'), PROGRAM),
-        (psycopg.ProgrammingError("the configure callback left the connection in …"), PROGRAM),
-        (ConfigError("conninfo cannot work: a port is not …", hint="Give a URL."), PROGRAM),
-        (ConfigError("kwargs cannot work: a port is not …"), PROGRAM),
-        (ZeroDivisionError(), NONE),
+        (psycopg.InterfaceError("Psycopg cannot use the 'ProactorEventLoop'"), NONE),
     ],
 )
-def test_a_fault_of_the_program_is_the_programs_to_correct(
-    error: Exception, what_to_do: str
-) -> None:
-    assert advice(error) == what_to_do
+def test_what_libpq_is_given_in_vain_is_permanent(error: Any, what_to_do: str) -> None:
+    failure = of_login(error, frozenset({"colour"}))
+    assert failure.is_permanent
+    assert failure.advice == what_to_do
