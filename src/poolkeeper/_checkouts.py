@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from time import monotonic
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 from typing_extensions import override
 
@@ -110,7 +110,7 @@ class Line(OrderedDict["Waiter", None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks: dict[asyncio.Task[Any] | None, Waiter] = {}
+        self.tasks: dict[Holder, Waiter] = {}
         """The tasks that wait; a task waits once."""
         self._called: set[Waiter] = set()
         """Those who were taken out to be served, until their tasks go on."""
@@ -376,11 +376,32 @@ class SlowCallbacks(logging.Filter):
 # --- those who hold ---------------------------------------------------------------------------
 
 
+class EndedTask:
+    """Stands for a task that has ended, and still holds a connection."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get_name(self) -> str:
+        """Return the name that the task had."""
+        return self._name
+
+    def done(self) -> bool:
+        """Return True, as the task would."""
+        return True
+
+
+Holder: TypeAlias = asyncio.Task[Any] | EndedTask | None
+"""Who holds a connection; None once it was given back."""
+
+
 class Checkout:
     """
     One connection held by one task: who, since when, from which line, and how much it was used.
 
-    Keeps the task itself, for as long as the connection is held and no longer.
+    Keeps the task itself, for as long as it runs or `Ledger.let_go()` has not looked at it.
     """
 
     __slots__ = (
@@ -409,7 +430,7 @@ class Checkout:
         since: float,
     ) -> None:
         self.session = session
-        self.task: asyncio.Task[Any] | None = task
+        self.task: Holder = task
         self.code = code
         self.lineno = lineno
         self.structured = structured
@@ -568,6 +589,19 @@ class Ledger:
     def last_began(self) -> float:
         """When the last of those who hold a connection acquired it; 0.0 if nobody does."""
         return next(reversed(self.held)).since if self.held else 0.0
+
+    def let_go(self) -> None:
+        """
+        Keep the tasks no longer that have ended and still hold a connection.
+
+        A task keeps the exception that it ended by, whose traceback keeps the connection: nobody
+        would ever see that it was dropped.
+        """
+        ended: dict[object, EndedTask] = {}
+        for checkout in list(self.held):
+            task = checkout.task
+            if isinstance(task, asyncio.Task) and task.done():
+                checkout.task = ended.setdefault(task, EndedTask(task.get_name()))
 
     def longest_first(self) -> list[Checkout]:
         """Return who holds a connection."""

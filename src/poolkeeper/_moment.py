@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 from psycopg import pq
 
 from . import _facts
-from ._checkouts import Checkout, Load, Waiter, stalled_seconds
+from ._checkouts import Checkout, Holder, Load, Waiter, stalled_seconds
 from ._where import site
 from .errors import see
 
@@ -63,7 +63,7 @@ class Waiting(NamedTuple):
 
 
 def note_held(
-    checkouts: Iterable[Checkout], waiting: Container[Task | None], gave_up: Container[Task | None]
+    checkouts: Iterable[Checkout], waiting: Container[Holder], gave_up: Container[Holder]
 ) -> list[Held]:
     """Note who holds a connection, in the order of *checkouts*."""
     held = []

@@ -848,7 +848,8 @@ class BoundPool(_compat.TellingPool[ACT]):
         return conn
 
     def _help_growth(self) -> None:
-        """Let the pool grow, and mend what somebody may have cancelled."""
+        """Let the pool grow, and mend what somebody may have cancelled or dropped."""
+        self._ledger.let_go()
         self._mend()
         _compat.grow(self)
         self._connector.go_on()
@@ -1062,6 +1063,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._leak_timer = asyncio.get_running_loop().call_later(
             every, weakly(self._watch_for_leaks), context=self._context
         )
+        self._ledger.let_go()
         for checkout in self._ledger.overdue():
             checkout.reported = True
             logger.warning(

@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -183,6 +183,32 @@ async def test_a_task_that_waits_gets_what_another_has_dropped(make_manager: Mak
     gc.collect()
     async with asyncio.timeout(10):
         assert await waiter == 1
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_what_a_task_that_has_failed_still_held_is_taken_back(
+    make_manager: MakeManager, said: Said, how: str
+) -> None:
+    """Its exception, which the task keeps, holds the frame that holds the connection."""
+
+    async def take_and_fail() -> None:
+        conn = await db.pool.getconn()
+        await conn.execute("select 1")
+        if how == "fails":
+            raise RuntimeError
+        cast("asyncio.Task[Any]", asyncio.current_task()).cancel()
+        await asyncio.sleep(10)
+
+    db = make_manager(min_size=1, max_size=1, name="orders", timeout=30)
+    await db.open()
+    failing = asyncio.create_task(take_and_fail(), name="careless")
+    failing.add_done_callback(lambda task: task.cancelled() or task.exception())
+    await asyncio.wait({failing})
+    del failing
+    async with asyncio.timeout(10):
+        assert await db.fetchval("select 1") == 1
+    (message,) = said("was dropped")
+    assert 'in task "careless"' in message
 
 
 async def test_what_was_open_on_a_dropped_connection_is_rolled_back(
