@@ -3,6 +3,7 @@
 #
 # ARGS goes to the command:  make demo ARGS="--dsn postgresql://..."
 #                            make test ARGS="-x tests/unit"
+#                            make soak TIME=3600 SEED=1 LOOP=uvloop
 
 PYTHON ?= python3
 export PYTHON
@@ -12,6 +13,11 @@ PYTEST := -m pytest -p tests.support.no_skips --no-skips
 # Most tests wait for a server or a timeout: more of them at once than there are cores.
 TOGETHER := -n 3 --dist loadfile
 
+# Of "make soak": seconds, a number to choose by (a new one each time, which it prints), the loop.
+TIME ?= 60
+SEED ?=
+LOOP ?= asyncio
+
 # Per cent: of lines and branches together, as coverage counts, and of branches alone.
 COVERAGE := 95
 BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
@@ -19,7 +25,7 @@ BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
 	print(f"branches alone: {percent:.2f} %"); \
 	sys.exit(percent < int(sys.argv[1]))
 
-.PHONY: help demo test check lint types matrix bench build clean
+.PHONY: help demo test check soak lint types matrix bench build clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -39,6 +45,10 @@ test:  ## run the whole suite on a real PostgreSQL, with coverage (95 % or it fa
 check:  ## run the suite without coverage: faster, and fit for a part of it
 	@scripts/venv test
 	$(RUN) $(PYTEST) $(ARGS)
+
+soak:  ## all kinds of work and trouble at once, for TIME=60 s; nothing may be missing or left
+	@scripts/venv test
+	$(RUN) -m tests.soak --time $(TIME) --loop $(LOOP) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint:  ## ruff: rules and format
 	@scripts/venv lint

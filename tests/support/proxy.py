@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 import threading
 from types import TracebackType
 from typing import Self
@@ -25,6 +27,7 @@ class FaultProxy:
     Attributes:
         refuse: Close new connections at once.
         silent: Accept new connections and say nothing.
+        tear: Pass half of the next answer on, and then close its connection; once.
         accepted: How many connections were accepted so far.
     """
 
@@ -33,6 +36,7 @@ class FaultProxy:
         self.lead_to(dsn)
         self.refuse = False
         self.silent = False
+        self.tear = False
         self.accepted = 0
         self._stalled = threading.Event()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -69,9 +73,9 @@ class FaultProxy:
         self._thread.join(10)
         self._loop.close()
 
-    def cut(self) -> None:
-        """Break every connection, as a reset by the network does."""
-        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(10)
+    def cut(self, *, reset: bool = False) -> None:
+        """Break every connection; with *reset* by a TCP reset, as a router that forgets does."""
+        asyncio.run_coroutine_threadsafe(self._cut(reset), self._loop).result(10)
 
     def stall(self) -> None:
         """Pass nothing on any more, in either direction, and keep the connections."""
@@ -114,8 +118,11 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
 
-    async def _cut(self) -> None:
+    async def _cut(self, reset: bool = False) -> None:
         for writer in list(self._writers):
+            if reset and (link := writer.get_extra_info("socket")) is not None:
+                with contextlib.suppress(OSError):  # closed already
+                    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         self._writers.clear()
 
@@ -145,13 +152,19 @@ class FaultProxy:
             self._writers.discard(writer)
 
     async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._pass_on(reader, writer)
+        await self._pass_on(reader, writer, answers=True)
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: bool = False
+    ) -> None:
         assert self._flow is not None
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 await self._flow.wait()
+                if answers and self.tear:
+                    self.tear = False
+                    writer.write(data[: len(data) // 2])
+                    break
                 writer.write(data)
                 await writer.drain()
         writer.close()

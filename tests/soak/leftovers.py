@@ -1,0 +1,140 @@
+"""What a program has that it may have no more: tasks, descriptors, sessions, objects, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poolkeeper._binding import LoopBinding
+from poolkeeper._checkouts import Checkout, Waiter
+from poolkeeper._connection import BoundConnection, Session
+from poolkeeper._recovery import Connector
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+OURS = (BoundConnection, Session, Checkout, Waiter, Connector, LoopBinding)
+"""What a pool makes of its own."""
+
+
+def rss() -> float:
+    """Return how many MiB of memory this process has; nan where that cannot be read."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
+    except OSError:
+        return float("nan")
+
+
+def descriptors() -> Counter[str]:
+    """Return what this process has open, by kind; empty where that cannot be read."""
+    found: Counter[str] = Counter()
+    folder = Path("/proc/self/fd")
+    for link in list(folder.iterdir()) if folder.exists() else ():
+        try:
+            found[str(link.readlink()).partition(":")[0]] += 1
+        except OSError:
+            continue  # the one that reads the directory
+    return found
+
+
+def tasks() -> list[asyncio.Task[Any]]:
+    """Return the tasks of this loop but the one that asks."""
+    return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """How many objects there are, by kind."""
+
+    ours: Counter[str]
+    """Those that the pools make."""
+    asyncio: Counter[str]
+    """Tasks and futures."""
+    classes: int
+    """Connection classes of pools: a few for each life."""
+    total: int
+    """All that the garbage collector knows."""
+
+    @classmethod
+    def count(cls) -> Objects:
+        """Count them, after the garbage is collected."""
+        for _ in range(3):
+            gc.collect()
+        ours: Counter[str] = Counter()
+        loops: Counter[str] = Counter()
+        classes = total = 0
+        for found in gc.get_objects():
+            total += 1
+            kind = type(found)  # not isinstance(), which asks proxies and mocks
+            if issubclass(kind, OURS):
+                ours[next(c.__name__ for c in OURS if issubclass(kind, c))] += 1
+            elif issubclass(kind, asyncio.Future):
+                loops[kind.__name__] += 1
+            elif kind is type and found.__module__ == "poolkeeper":
+                classes += issubclass(found, BoundConnection)
+        return cls(ours, loops, classes, total)
+
+
+def whose(kind: type) -> str:
+    """Return, for each object of a *kind*, what holds it: for whoever looks for a leak."""
+    lines = []
+    for found in [o for o in gc.get_objects() if issubclass(type(o), kind)]:
+        lines.append(f"{type(found).__name__}:")
+        for holder in gc.get_referrers(found):
+            if holder is not lines and type(holder).__name__ not in ("frame", "list"):
+                lines.append(f"    {type(holder).__name__} {str(holder)[:300]}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the program had in a quiet moment."""
+
+    seconds: float
+    operations: int
+    rss: float
+    objects: int
+
+
+def slope(samples: list[Sample], of: str) -> float:
+    """Return by how much something grows in a minute, as the best straight line has it."""
+    if len(samples) < 2:
+        return 0.0
+    xs = [sample.seconds / 60 for sample in samples]
+    ys = [float(getattr(sample, of)) for sample in samples]
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum(
+        (a - x) ** 2 for a in xs
+    )
+
+
+SETTLED = 300.0
+"""Seconds of a run from which its second half shows whether memory is flat."""
+
+TOLERANCE = 0.25
+"""MiB a minute that memory may grow by: less than what samples scatter by in ten minutes."""
+
+
+def grows(samples: list[Sample], seconds: float) -> str | None:
+    """Say so if memory grew in the second half of a run that was long enough to tell."""
+    half = [sample for sample in samples if sample.seconds >= seconds / 2]
+    if seconds < SETTLED or len(half) < 10:
+        return None
+    if (rate := slope(half, "rss")) <= TOLERANCE:
+        return None
+    return (
+        f"memory grew by {rate:.2f} MiB a minute, from {half[0].rss:.1f} to {half[-1].rss:.1f}"
+        f" MiB; objects from {half[0].objects:,} to {half[-1].objects:,}"
+    )
+
+
+def growth(before: Counter[str], now: Counter[str]) -> Iterator[str]:
+    """Say of what there is more than before."""
+    for name, number in now.items():
+        if number > before[name]:
+            yield f"{number} {name}, not {before[name]}"
