@@ -55,10 +55,22 @@ def import_cost(runs: int) -> dict[str, Any]:
 
 
 def measure(dsn: str, loop: str, flags: list[str]) -> dict[str, Any]:
-    """Measure on *loop*, in a process of its own."""
+    """Measure on *loop*, in processes of its own."""
     print(f"on {loop}:", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "benchmarks.measure", "--dsn", dsn, "--loop", loop, *flags]
-    return {"loop": loop, **json.loads(subprocess.check_output(command, cwd=ROOT))}
+    where = ["--dsn", dsn, "--loop", loop]
+    measured = _run("benchmarks.measure", *where, *flags)
+    quick = [flag for flag in flags if flag == "--quick"]
+    storms = {
+        name: _run("benchmarks.storm", *where, "--pool", name, *quick)
+        for name in (report.BARE, report.OURS)
+    }
+    return {"loop": loop, **measured, "storm": storms}
+
+
+def _run(module: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", module, *arguments]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command, cwd=ROOT))
+    return found
 
 
 def facts(dsn: str, load: float) -> list[str]:

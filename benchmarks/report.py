@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .contestants import EVERY
+from .storm import HELD
 from .timing import Samples, quartiles, ratios
 
 NAMES = [contestant.name for contestant in EVERY]
@@ -60,6 +61,16 @@ def _outage(found: dict[str, Any], away: str) -> Outcome:
     return Outcome(_late(late), late is not None and late <= 1.0)
 
 
+def _storm(found: dict[str, float]) -> Outcome:
+    stall, memory, told = found["stall"], found["memory"], found["told"]
+    text = f"{stall:.2f} s, {memory:.0f} MiB, {_share(told)}"
+    return Outcome(text, stall <= 0.3 and memory <= 40 and told == 1)
+
+
+def _share(part: float) -> str:
+    return "all" if part == 1 else f"{part * 100:.1f} %"
+
+
 def _import(found: Results) -> Outcome:
     late = statistics.median(found["seconds"])
     loaded = ", ".join(found["frameworks"]) or "none"
@@ -110,6 +121,11 @@ def targets(result: Results) -> list[tuple[str, str, Outcome]]:
             "server away for 60 s, served again after",
             "≤ 1 s",
             _outage(result["outage"], "60.0"),
+        ),
+        (
+            "10,000 tasks that give up together: the loop stands still, memory, the true cause",
+            "≤ 0.3 s, ≤ 40 MiB, all",
+            _storm(result["storm"][OURS]),
         ),
         ("`import poolkeeper` over `import psycopg_pool`", "≤ 10 ms", _import(result["import"])),
     ]
@@ -194,6 +210,14 @@ def _waiters(result: Results) -> str:
     return _table(
         ("pool", "all served in", "median wait", "longest / median", "out of turn", "bytes"), rows
     )
+
+
+def _storms(result: Results) -> str:
+    rows = [
+        (name, f"{found['stall']:.2f} s", f"{found['memory']:.0f} MiB", _share(found["told"]))
+        for name, found in result["storm"].items()
+    ]
+    return _table(("pool", "the loop stands still", "memory", "told the true cause"), rows)
 
 
 def _faults(result: Results) -> str:
@@ -301,6 +325,13 @@ Where everybody is served in turn, the longest wait is at most about twice the m
 Bytes are those of a task that waits, measured on a fifth as many; in parentheses without the task itself.
 
 {_sections(results, _waiters)}
+
+## Many who give up together
+
+{results[0]["storm"][OURS]["waiters"]:,} tasks wait for one of {HELD} connections, each held across something else, and their time is up together; each reads its error.
+The longest time that nothing else on the loop ran, and by how much the process grew while they were told; each pool in a process of its own.
+
+{_sections(results, _storms)}
 
 ## When things go wrong
 

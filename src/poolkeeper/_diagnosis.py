@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TypeAlias
 
-from ._snapshot import CheckoutRow, PoolSnapshot
+from ._snapshot import CheckoutRow, PoolSnapshot, StepRow
 
 HARDLY_USED = 0.2
 """Below this share of its time a connection counts as held for something else."""
@@ -320,6 +320,41 @@ def _running(s: PoolSnapshot) -> Finding | None:
     )
 
 
+def _held_up(s: PoolSnapshot) -> Finding | None:
+    # What usually takes no time has taken long when it took half of the wait.
+    long = min(HELD_LONG, max(STALL, s.waited_seconds / 2)) + s.stalled_seconds
+    rows = [row for row in s.steps if row.number != "making" and row.seconds >= long]
+    if not rows or not _is_full(s) or not _is_most(len(rows), s):
+        return None
+    return Finding(
+        "held-up",
+        f"{_number(len(rows), 'connection')} {'is' if len(rows) == 1 else 'are'} held up before"
+        f" the next task can have {'it' if len(rows) == 1 else 'one'}: {_step(rows[0])}",
+        (f"{_steps(rows)}.",),
+        _step_advice(rows),
+    )
+
+
+def _step(row: StepRow) -> str:
+    return f"{row.doing} at {row.site}" if row.site else row.doing
+
+
+def _steps(rows: list[StepRow]) -> str:
+    kinds: dict[str, list[StepRow]] = {}
+    for row in rows:
+        kinds.setdefault(_step(row), []).append(row)
+    return "; ".join(
+        f"{_number(len(same), 'connection')} {what}, for {same[0].seconds:.1f} s"
+        for what, same in kinds.items()
+    )
+
+
+def _step_advice(rows: list[StepRow]) -> str:
+    if any(row.site for row in rows):
+        return "Look at what the function at this line waits for, and give it a time-out."
+    return "Look at what the server does, and at what stands between: it has not answered."
+
+
 def _too_small(s: PoolSnapshot) -> Finding | None:
     load = s.load
     if not _is_full(s) or not load.released or load.window_seconds < 0.5:
@@ -345,12 +380,26 @@ def _too_small(s: PoolSnapshot) -> Finding | None:
 
 
 def _growing(s: PoolSnapshot) -> Finding | None:
-    if s.total >= s.max or s.idle or s.last_error is not None or not s.connecting:
+    if s.total >= s.max or s.idle or s.last_error is not None:
+        return None
+    yours = [row for row in s.steps if row.number == "making" and row.site]
+    if yours and _is_long(yours[0].seconds, s, always=True):
+        return Finding(
+            "growing",
+            f"the pool is still making connections: {_step(yours[0])}",
+            (f"{_steps(yours)}.",),
+            _step_advice(yours),
+        )
+    if s.connecting:
+        said = f"{_number(s.connecting, 'connection attempt')} had no answer from the server yet."
+    elif s.making:
+        said = f"{_number(s.making, 'connection')} made, and not ready yet."
+    else:
         return None
     return Finding(
         "growing",
         "the pool is still making connections",
-        (f"{_number(s.connecting, 'connection attempt')} had no answer from the server yet.",),
+        (said,),
         "If it is always so, give min_size more connections to start with; if the server is slow"
         " to log in, look at what stands between.",
     )
@@ -359,6 +408,7 @@ def _growing(s: PoolSnapshot) -> Finding | None:
 _RULES: tuple[Callable[[PoolSnapshot], Finding | None], ...] = (
     _hardly_used,
     _running,
+    _held_up,
     _too_small,
     _growing,
 )
@@ -371,13 +421,17 @@ def _in_use(s: PoolSnapshot) -> Finding | None:
     if not _is_full(s):
         return None
     states = Counter(row.status for row in s.checkouts)
-    kinds = ", ".join(f"{n} {status}" for status, n in states.most_common())
-    evidence = [f"{kinds}." if kinds else "", _list("Longest", s.checkouts)]
+    states.update(row.doing for row in s.steps if row.number != "making")
+    evidence = []
+    if states:
+        evidence.append(f"{', '.join(f'{n} {state}' for state, n in states.most_common())}.")
+    if s.checkouts:
+        evidence.append(_list("Longest", s.checkouts))
     if s.waited_seconds:
         evidence.append("Why none of them came back in time is not known.")
     return Finding(
         "all-in-use",
-        "all connections are in use",
+        "all connections are in use" if s.in_use >= s.total else "no connection is free",
         tuple(evidence),
         "Keep a connection only while it works: not across HTTP calls or streams.",
     )

@@ -25,7 +25,7 @@ def test_a_quick_run_writes_the_page_and_the_plot(dsn: str, tmp_path: Path) -> N
     page = (tmp_path / "benchmarks.md").read_text()
     targets = page.partition("## Targets")[2].partition("## ")[0]
     rows = [line.strip("| ").split(" | ") for line in targets.splitlines() if "| " in line][2:]
-    assert len(rows) == 10
+    assert len(rows) == 11
     for what, limit, *outcomes in rows:
         assert limit
         for outcome in outcomes:

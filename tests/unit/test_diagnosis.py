@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolkeeper._diagnosis import Diagnosis, diagnose
-from poolkeeper._snapshot import CheckoutRow, LoadRow, PoolSnapshot
+from poolkeeper._snapshot import CheckoutRow, LoadRow, PoolSnapshot, StepRow
 
 ROW = CheckoutRow(
     task="report-7",
@@ -37,6 +37,16 @@ def full(*rows: CheckoutRow, **fields: Any) -> PoolSnapshot:
 def room(**fields: Any) -> PoolSnapshot:
     """A pool that could have four connections and has none."""
     return PoolSnapshot("orders", "open", 0, 0, 0, 4, 1, 2, **fields)
+
+
+def step(doing: str, site: str, seconds: float, number: str = "returning") -> StepRow:
+    return StepRow(number, doing, site, seconds)
+
+
+def held_up(*steps: StepRow, **fields: Any) -> PoolSnapshot:
+    """A pool of as many connections as there are steps, all being given back."""
+    n = len(steps)
+    return PoolSnapshot("orders", "open", n, 0, 0, n, 1, n, returning=n, steps=steps, **fields)
 
 
 CASES: list[tuple[str, PoolSnapshot, list[str]]] = [
@@ -102,6 +112,30 @@ CASES: list[tuple[str, PoolSnapshot, list[str]]] = [
         ["queries that take long", "server process 4711", "pg_stat_activity"],
     ),
     (
+        "held-up",
+        held_up(step("in the reset callback", "app/db.py:7", 2.3), step("in a rollback", "", 1.1)),
+        [
+            "2 connections are held up before the next task can have one:"
+            " in the reset callback at app/db.py:7",
+            "1 connection in the reset callback at app/db.py:7, for 2.3 s; 1 connection in a"
+            " rollback, for 1.1 s.",
+            "what the function at this line waits for",
+        ],
+    ),
+    (
+        "held-up",
+        held_up(step("in a rollback", "", 0.7), waited_seconds=1.0),
+        [
+            "1 connection is held up before the next task can have it: in a rollback",
+            "Look at what the server does",
+        ],
+    ),
+    (
+        "all-in-use",
+        held_up(step("in a rollback", "", 0.1), waited_seconds=1.0),
+        ["no connection is free", "1 in a rollback. Why none of them came back"],
+    ),
+    (
         "too-small",
         full(
             row(held_seconds=0.05, query_seconds=0.04),
@@ -124,6 +158,16 @@ CASES: list[tuple[str, PoolSnapshot, list[str]]] = [
         "growing",
         room(connecting=1),
         ["still making connections", "1 connection attempt had no answer"],
+    ),
+    (
+        "growing",
+        room(making=1, steps=(step("in configure", "a.py:1", 0.1, "making"),)),
+        ["1 connection made, and not ready yet"],
+    ),
+    (
+        "growing",
+        room(making=1, steps=(step("in the configure callback", "a.py:1", 3.0, "making"),)),
+        ["still making connections: in the configure callback at a.py:1", "for 3.0 s", "this line"],
     ),
     ("none", PoolSnapshot("orders", "open", 2, 0, 2, 4, 0), ["nothing is wrong"]),
     ("not-open", PoolSnapshot("orders", "new", 0, 0, 0, 4, 0), ["the pool is new"]),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -109,8 +112,6 @@ def test_detail_and_hint_follow_on_lines_of_their_own(cls: type[PoolkeeperError]
 
 @each_error
 def test_a_traceback_shows_the_whole_text(cls: type[PoolkeeperError]) -> None:
-    import traceback
-
     shown = "".join(traceback.format_exception_only(cls("a", detail="b", hint="c")))
     assert shown.endswith(f"errors.{cls.__name__}: a\nDETAIL:  b\nHINT:  c\n")
 
@@ -169,6 +170,75 @@ def test_a_timeout_says_why_where_that_is_known() -> None:
     assert AcquireTimeout("x", diagnosis=diagnosis).diagnosis is diagnosis
     assert AcquireTimeout("x").diagnosis is None
     assert SelfDeadlockError("x", diagnosis=diagnosis).diagnosis is diagnosis
+
+
+# --- words that are found when they are read ----------------------------------------------------
+
+READS: dict[str, Callable[[AcquireTimeout], object]] = {
+    "str": str,
+    "repr": repr,
+    "args": lambda error: error.args,
+    "detail": lambda error: error.detail,
+    "hint": lambda error: error.hint,
+    "diagnosis": lambda error: error.diagnosis,
+    "format": lambda error: traceback.format_exception(error),
+    "pickle": pickle.dumps,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "setting args": lambda error: setattr(error, "args", ("none was free",)),
+}
+
+
+class Story:
+    """Counts how often it is told."""
+
+    def __init__(self) -> None:
+        self.told = 0
+        self.diagnosis = a_diagnosis()
+
+    def __call__(self) -> tuple[str, str, str, Diagnosis]:
+        self.told += 1
+        return "none was free", "Facts.", "Advice.", self.diagnosis
+
+
+@pytest.mark.parametrize("first", READS)
+def test_whoever_reads_a_timeout_first_finds_the_words(first: str) -> None:
+    story = Story()
+    error = AcquireTimeout.told_later(story)
+    assert story.told == 0
+    READS[first](error)
+    assert story.told == 1
+    told = AcquireTimeout(
+        "none was free", detail="Facts.", hint="Advice.", diagnosis=story.diagnosis
+    )
+    for read in ("str", "repr", "args", "detail", "hint", "diagnosis", "format"):
+        assert READS[read](error) == READS[read](told)
+    assert vars(error) == vars(told)
+    assert story.told == 1
+    _same_as(error, pickle.loads(pickle.dumps(error)))
+    _same_as(error, copy.copy(error))
+
+
+def _same_as(error: AcquireTimeout, other: AcquireTimeout) -> None:
+    assert str(other) == str(error)
+    assert (other.args, other.detail, other.hint) == (error.args, error.detail, error.hint)
+    assert other.diagnosis == error.diagnosis
+
+
+def test_to_raise_and_catch_a_timeout_reads_nothing() -> None:
+    story = Story()
+    for _ in range(3):
+        with contextlib.suppress(psycopg_pool.PoolTimeout):
+            raise AcquireTimeout.told_later(story)
+    assert story.told == 0
+
+
+def test_a_timeout_has_no_more_attributes_than_others() -> None:
+    error = AcquireTimeout.told_later(Story())
+    assert not hasattr(error, "nothing")
+    assert error.sqlstate is None
+    with pytest.raises(AttributeError, match="'AcquireTimeout' object has no attribute 'nothing'"):
+        _ = error.nothing  # type: ignore[attr-defined]
 
 
 def test_a_hint_sends_to_the_docs() -> None:
