@@ -24,6 +24,7 @@ from enum import StrEnum
 from functools import partial, wraps
 from math import modf
 from time import monotonic
+from traceback import clear_frames
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, ParamSpec, TypeAlias, cast
 
@@ -520,7 +521,12 @@ class BoundPool(_compat.TellingPool[ACT]):
             # libpq uses it where neither conninfo nor PGAPPNAME says otherwise.
             kwargs.setdefault("fallback_application_name", f"poolkeeper:{self.name}")
         # By the user's class, as psycopg_pool would: it and what it makes may be patched.
-        made = await self.connection_class.connect(conninfo, **kwargs)
+        try:
+            made = await self.connection_class.connect(conninfo, **kwargs)
+        except asyncio.CancelledError as ex:
+            # Its frames hold the socket, and whoever keeps the cancelled task holds the frames.
+            _clear_frames(ex)
+            raise
         conn = self._bound_classes.bind(made)
         self._sessions.add(conn._session)
         return conn
@@ -1833,6 +1839,13 @@ def _milliseconds(seconds: float, rest: float) -> tuple[int, float]:
     """Return the whole milliseconds in *seconds* and the *rest* of before, and what is left."""
     rest, whole = modf(seconds * 1000 + rest)
     return int(whole), rest
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that *error* has ended had in their variables."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _tasks_wait(number: int) -> str:

@@ -117,6 +117,30 @@ def test_a_child_forked_while_another_thread_begins_a_life_can_begin_one(
     assert (ended.code, ended.out, ended.err) == (0, "42\n", "")
 
 
+async def test_an_open_that_is_cancelled_twice_leaves_no_session(
+    make_manager: MakeManager, server_sessions: CountSessions
+) -> None:
+    """At whatever point, and before the garbage collector has run, with its task at hand."""
+    kept = []
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(24):
+            manager = make_manager(min_size=2, application_name="twice")
+            opening = asyncio.create_task(manager.open())
+            await asyncio.sleep(0.0005 * number)
+            opening.cancel()
+            await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.wait({opening})
+            if not opening.cancelled():
+                await manager.close()
+            kept.append(opening)
+        assert await asyncio.to_thread(eventually, lambda: server_sessions("twice") == 0)
+    finally:
+        gc.enable()
+
+
 # --- in whose context -----------------------------------------------------------------------------
 
 
