@@ -43,6 +43,10 @@ class Pool(Protocol):
         """Make a connection that is not the pool's."""
         ...
 
+    def dismiss(self, conn: Any) -> object:
+        """End a connection that nobody holds."""
+        ...
+
     async def drain(self) -> None:
         """Replace every connection, those in use when they come back."""
         ...
@@ -120,7 +124,7 @@ class Failover:
                 try:
                     found = await _cleaning.takes_writes(conn)
                 finally:
-                    conn.pgconn.finish()
+                    self._pool.dismiss(conn)
         except Exception as ex:
             logger.debug('pool "%s": no server that takes writes: %r', self._pool.name, type(ex))
             return

@@ -35,6 +35,10 @@ class Pool(Protocol):
         """Make a connection that is not the pool's."""
         ...
 
+    def dismiss(self, conn: Any) -> object:
+        """End a connection that nobody holds."""
+        ...
+
     def start_own_task(
         self, work: Callable[[], Coroutine[Any, Any, None]], name: str
     ) -> asyncio.Task[None]:
@@ -148,7 +152,7 @@ class Question:
             self._tell(True, "the server answered beside the pool, which has no connection free")
         finally:
             if self._conn is not None:
-                self._conn.pgconn.finish()
+                self._pool.dismiss(self._conn)
                 self._conn = None
 
     def _refused(self, failure: Failure) -> tuple[bool, str]:

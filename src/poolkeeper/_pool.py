@@ -563,7 +563,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         _compat.begin_lifetime(self, conn)
         conn._session.settle(conn)
         if not self._connector.claim():  # another attempt, made beside this one, was faster
-            conn.pgconn.finish()
+            self.dismiss(conn)
             return
         try:
             await _compat.add(self, conn)
@@ -1274,7 +1274,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 timer.cancel()
         if self._oversized and self._is_surplus():
             _compat.forget_connections(self, 1)
-            pgconn.finish()
+            self.dismiss(conn)
         else:
             await _compat.put_back(self, conn, from_getconn=from_getconn)
         self._between.end(session)
@@ -1387,17 +1387,34 @@ class BoundPool(_compat.TellingPool[ACT]):
         """End the life; tell those who wait *failure*, or that the pool is closed."""
         self._state = State.CLOSING
         ended = self._ended = asyncio.get_running_loop().create_future()
+        try:
+            await self._end_life(timeout, failure)
+        finally:
+            # Whatever was raised, of the user's own or not: this life is over.
+            try:
+                self._stop_tasks()
+                for session in self._sessions:
+                    if not _at_work(session):
+                        session.pgconn.finish()
+            finally:
+                # Only now: who opens the pool anew must not meet what is left of this life.
+                self._state = State.CLOSED
+                self._between.clear()
+                ended.set_result(None)
+
+    async def _end_life(self, timeout: float, failure: BaseException | None) -> None:
         self._line.refuse_all(failure or self._closed_error())
         self._tell_openers(failure or self._closed_error())
         if self.question is not None:
             self.question.refuse("the pool is closing")
         self._failover.stop()
-        for conn in _compat.refuse_clients(self):
-            conn.pgconn.finish()
+        farewells = [task for c in _compat.refuse_clients(self) if (task := self.dismiss(c))]
         interruption: asyncio.CancelledError | None = None
         begin = monotonic()
         try:
             await self._until_free(begin + timeout)
+            if farewells:
+                await asyncio.wait(farewells, timeout=CANCEL_GRACE)
         except asyncio.CancelledError as ex:
             interruption = ex
         waited = monotonic() - begin
@@ -1410,18 +1427,11 @@ class BoundPool(_compat.TellingPool[ACT]):
             stopping = asyncio.create_task(self._stop_queries(), name=f"{self.name}-close")
             interruption = await self._settle([stopping]) or interruption
         for session in self._sessions:
-            self._revoke(session)
-            self._end_session(session)
+            self._ignoring_errors(self._revoke, session)
+            self._ignoring_errors(self._end_session, session)
         for task in tasks:
             task.cancel()  # once more: psycopg may still be trying to stop a query of its own
         interruption = await self._settle(tasks) or interruption
-        for session in self._sessions:
-            if not _at_work(session):
-                session.pgconn.finish()
-        # Only now: who opens the pool anew must not meet what is left of this life.
-        self._state = State.CLOSED
-        self._between.clear()
-        ended.set_result(None)
         if late:
             logger.warning(
                 'pool "%s" was closed after %.2f s with %d connection(s) still in use: %s',
@@ -1432,6 +1442,31 @@ class BoundPool(_compat.TellingPool[ACT]):
             )
         if interruption is not None:
             raise interruption
+
+    def _ignoring_errors(self, step: Callable[..., object], *arguments: object) -> None:
+        """Take a *step* that others shall follow, whatever it raises."""
+        try:
+            step(*arguments)
+        except Exception as ex:
+            logger.warning('pool "%s": error ignored in close(): %s', self.name, in_words(ex))
+
+    def dismiss(self, conn: Any) -> asyncio.Task[None] | None:
+        """End a connection that nobody holds; return the task of a close() of the user's own."""
+        if conn.closes_like_psycopg:
+            conn.pgconn.finish()
+            return None
+        return self.start_own_task(partial(self._call_close, conn), "close")
+
+    async def _call_close(self, conn: Any) -> None:
+        _compat.set_owner(conn, None)  # close_returns is not meant here
+        try:
+            await conn.close()
+        except Exception as ex:
+            logger.warning(
+                'pool "%s": error ignored in close() of a connection: %s', self.name, in_words(ex)
+            )
+        finally:
+            self._end_session(conn._session)
 
     async def _until_free(self, deadline: float) -> None:
         """Wait until nobody but the caller holds a connection, or the deadline."""
@@ -1464,7 +1499,9 @@ class BoundPool(_compat.TellingPool[ACT]):
             if last:
                 # In this order: to cancel what a revoked connection runs does nothing.
                 for session in self._sessions:
-                    asyncio.get_running_loop().call_soon(self._revoke, session)
+                    asyncio.get_running_loop().call_soon(
+                        self._ignoring_errors, self._revoke, session
+                    )
             await asyncio.wait(requests, timeout=until - monotonic())
             for request in requests:
                 request.cancel()
@@ -1636,7 +1673,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         """Close idle connections as long as there are more than `max_size`."""
         while self._is_surplus() and self._idle:
             _compat.forget_connections(self, 1)
-            self._idle.popleft().pgconn.finish()
+            self.dismiss(self._idle.popleft())
             _compat.note_idle_low(self, len(self._idle))
 
     @override

@@ -247,6 +247,165 @@ def test_a_class_that_cannot_work_is_refused_by_the_constructor(kind: Any, words
     assert words in str(raised.value)
 
 
+# --- a close() of the user's own ---------------------------------------------------------------
+
+
+class Hook(AsyncConnection[Any]):
+    """Says goodbye to the server, and counts."""
+
+    ended: list[int] = []  # noqa: RUF012
+    fails = False
+    hangs = False
+
+    async def close(self) -> None:
+        if not self.closed:
+            self.ended.append(self.info.backend_pid)
+            if self.fails:
+                raise KeyError("tenant")
+            if self.hangs:
+                await asyncio.sleep(3600)
+            await self.execute("select 1")
+        await super().close()
+
+
+@pytest.fixture
+def hook() -> Iterator[type[Hook]]:
+    Hook.ended.clear()
+    yield Hook
+    Hook.fails = Hook.hangs = False
+
+
+async def resize(db: PoolManager[Any]) -> None:
+    await db.pool.resize(1, 1)
+
+
+async def drain(db: PoolManager[Any]) -> None:
+    await db.pool.drain()
+
+
+async def give_back_too_many(db: PoolManager[Any]) -> None:
+    async with db.connection(), db.connection():
+        await db.pool.resize(1, 1)
+
+
+async def give_back_after_drain(db: PoolManager[Any]) -> None:
+    async with db.connection():
+        await db.pool.drain()
+
+
+async def close(db: PoolManager[Any]) -> None:
+    await db.close()
+
+
+async def close_at_once(db: PoolManager[Any]) -> None:
+    await db.close(timeout=0)
+
+
+async def give_back_while_it_closes(db: PoolManager[Any]) -> None:
+    async with db.connection(), db.connection():
+        closing = asyncio.create_task(db.close())
+        await until(lambda: db.state == "closing")
+    await closing
+
+
+@pytest.mark.parametrize("close_returns", [False, True])
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [
+        (resize, 1), (drain, 2), (give_back_too_many, 1), (give_back_after_drain, 2),
+        (close, 2), (close_at_once, 2), (give_back_while_it_closes, 2),
+    ],
+)  # fmt: skip
+async def test_a_close_of_the_users_own_is_called_where_the_pool_ends_a_session(
+    make_manager: MakeManager, hook: type[Hook], way: Any, number: int, close_returns: bool
+) -> None:
+    db = await opened(
+        make_manager, hook, min_size=2, max_size=2, close_returns=close_returns, timeout=20
+    )
+    async with db.connection() as one, db.connection() as two:
+        pids = {one.info.backend_pid, two.info.backend_pid}
+    await way(db)
+    await until(lambda: len(hook.ended) >= number)
+    assert len(hook.ended) == len(set(hook.ended)) == number
+    assert pids.issuperset(hook.ended)
+
+
+@pytest.mark.parametrize("what", ["fails", "hangs"])
+async def test_close_ends_whatever_a_close_of_the_users_own_does(
+    make_manager: MakeManager, hook: type[Hook], server_sessions: Callable[[str], int],
+    caplog: pytest.LogCaptureFixture, what: str,
+) -> None:  # fmt: skip
+    db = await opened(make_manager, hook, min_size=2, max_size=2, application_name="hooked")
+    setattr(hook, what, True)
+    async with asyncio.timeout(20):
+        await db.close(timeout=0.1)
+        assert len(hook.ended) == 2
+        assert db.state == "closed"
+        await db.close()
+        await until(lambda: not server_sessions("hooked"))
+    if what == "fails":
+        assert "error ignored in close() of a connection: KeyError, raised at" in caplog.text
+        assert "tenant" not in caplog.text
+    hook.fails = hook.hangs = False
+    await db.open()
+    assert await db.fetchval("select 1") == 1
+
+
+class Guarded(AsyncConnection[Any]):
+    """Lets nothing be set any more, from a moment on."""
+
+    guarded = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.guarded:
+            raise AttributeError(f"{name} is guarded")
+        super().__setattr__(name, value)
+
+
+async def test_close_ends_whatever_a_connection_class_raises(
+    make_manager: MakeManager, server_sessions: Callable[[str], int],
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    db = await opened(make_manager, Guarded, min_size=3, max_size=3, application_name="guarded")
+    held = [await db.pool.getconn() for _ in range(2)]
+    monkeypatch.setattr(Guarded, "guarded", True)
+    async with asyncio.timeout(20):
+        await db.close(timeout=0.1)
+        assert db.state == "closed"
+        await db.close()
+        await until(lambda: not server_sessions("guarded"))
+    assert "error ignored in close(): AttributeError" in caplog.text
+    assert all(conn.pgconn.status == psycopg.pq.ConnStatus.BAD for conn in held)
+    monkeypatch.undo()
+    await db.open()
+    assert await db.fetchval("select 1") == 1
+
+
+class Deaf(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        raise RuntimeError("no log today")
+
+
+async def test_close_ends_even_if_the_log_raises(
+    make_manager: MakeManager, server_sessions: Callable[[str], int]
+) -> None:
+    db = await opened(make_manager, min_size=2, max_size=2, application_name="deaf")
+    await db.pool.getconn()
+    logger, deaf = logging.getLogger("poolkeeper"), Deaf()
+    logger.addFilter(deaf)
+    try:
+        async with asyncio.timeout(20):
+            with pytest.raises(RuntimeError, match="no log today"):
+                await db.close(timeout=0.1)
+            assert db.state == "closed"
+            await db.close()
+            await until(lambda: not server_sessions("deaf"))
+    finally:
+        logger.removeFilter(deaf)
+    await db.open()
+    assert await db.fetchval("select 1") == 1
+
+
 # --- proxies -----------------------------------------------------------------------------------
 
 
