@@ -21,6 +21,7 @@ from psycopg import sql
 
 from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
+from tests.support.pooler import PGBOUNCER
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, make_roles
 
@@ -53,7 +54,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     debug = "on" if os.environ.get("PYTHONASYNCIODEBUG") else "off"
     return (
         f"poolkeeper: postgres={_postgres(config)}, loop={config.getoption('--loop')},"
-        f" asyncio debug {debug}"
+        f" asyncio debug {debug}, pgbouncer={PGBOUNCER or 'not installed: its tests are left out'}"
     )
 
 

@@ -12,13 +12,18 @@ None of this uses the user's cursors or row factories.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import psycopg
 from psycopg import generators, pq
 from psycopg.abc import PQGen
 
-from ._connection import IN_HOT_STANDBY, BoundConnection
+from ._checkouts import Checkout
+from ._connection import IN_HOT_STANDBY, BoundConnection, Session
+
+logger = logging.getLogger("poolkeeper")
 
 IDENTITY = frozenset({b"session_authorization", b"is_superuser"})
 """Not settings of their own: RESET SESSION AUTHORIZATION and RESET ROLE bring them back."""
@@ -30,39 +35,121 @@ _TAKES_NO_WRITES = (
 )
 
 
-async def put_settings_back(conn: BoundConnection) -> bool:
+class Cleaner:
     """
-    Undo what the session has set since ``configure``.
+    Puts sessions right when they come back, for one life of a pool.
 
-    Returns:
-        True if the session was in doubt, and the server takes no writes.
-
-    Raises:
-        psycopg.OperationalError: If the session is still another user's.
+    Args:
+        name: Of the pool.
+        configure: The user's callback; it is run again where that is undone which it may have set
+            and nobody can see: by DISCARD ALL, and by RESET ROLE.
+        discards: True for ``reset="discard"``.
+        step: Called with what is done with a session from here on, and in whose function.
     """
-    session = conn._session
-    changed = dict(session.changed_parameters())
-    doubt = session.in_doubt and _READ_ONLY not in session.configured
+
+    def __init__(
+        self,
+        name: str,
+        configure: Callable[[Any], Awaitable[None]] | None,
+        discards: bool,
+        step: Callable[..., None],
+    ) -> None:
+        self._name = name
+        self._configure = configure
+        self._discards = discards
+        self._step = step
+        self._told: set[str] = set()
+
+    async def clean(self, conn: BoundConnection) -> bool:
+        """
+        Undo what the session has set since ``configure``.
+
+        Returns:
+            True if the session was in doubt, and the server takes no writes.
+
+        Raises:
+            psycopg.OperationalError: If the session is still another user's.
+        """
+        session = conn._session
+        checkout, session.returned = session.returned, None
+        changed = session.changed_parameters()
+        doubt = session.in_doubt and _READ_ONLY not in session.configured
+        if self._discards:
+            self._step(session, "in DISCARD ALL")
+            await _run(conn, [b"DISCARD ALL"])
+            session.forget_prepared(conn)
+            refuses_writes = doubt and not await takes_writes(conn)
+        elif changed or doubt:
+            self._step(session, "putting its settings back")
+            refuses_writes = await _put_settings_back(conn, dict(changed), doubt)
+        else:
+            return False
+        if self._configure is not None and (
+            self._discards or not IDENTITY.isdisjoint(name for name, _ in changed)
+        ):
+            self._step(session, "in the configure callback", self._configure)
+            await self._configure(conn)
+            session.forget_added_handlers(conn)
+        left = {name for name, _ in session.changed_parameters()}
+        if strange := IDENTITY & left:
+            raise psycopg.OperationalError(f"could not be put back: {_names(strange)}")
+        if changed:
+            self._tell({name for name, _ in changed}, left, session, checkout)
+        return refuses_writes
+
+    def _tell(
+        self, changed: set[bytes], left: set[bytes], session: Session, checkout: Checkout | None
+    ) -> None:
+        """Say each kind of thing once, with the line where the connection was acquired."""
+        acquired = f", acquired {checkout}" if checkout else ""
+        for level, names, words in (
+            (logging.INFO, changed - left, "came back with other settings, which are put back"),
+            (logging.WARNING, left & session.configured, "has settings that cannot be put back"),
+            (
+                logging.INFO,
+                left - session.configured,
+                "has settings that were changed by the server, or by what stands before it, and"
+                " are left as they are",
+            ),
+        ):
+            if names:
+                logger.log(
+                    logging.DEBUG if words in self._told else level,
+                    'a connection of pool "%s"%s, %s: %s',
+                    self._name,
+                    acquired,
+                    words,
+                    _names(names),
+                )
+                self._told.add(words)
+
+
+async def _put_settings_back(
+    conn: BoundConnection, changed: dict[bytes, bytes | None], doubt: bool
+) -> bool:
+    """Put back what is *changed*; with *doubt*, ask as well whether the server takes no writes."""
+    configured = conn._session.configured
     if doubt:
         changed.setdefault(_READ_ONLY, None)  # set, it may be, to what it was
     statements: list[bytes] = []
-    if IDENTITY.intersection(changed):
+    if not IDENTITY.isdisjoint(changed):
         statements += [b"RESET SESSION AUTHORIZATION", b"RESET ROLE"]
     literal = pq.Escaping(conn.pgconn).escape_literal
     for name, was in changed.items():
         if name in IDENTITY or name == IN_HOT_STANDBY:
             continue
-        if name not in session.configured:
+        if name not in configured:
             statements.append(b"RESET " + name)
         elif was is not None:
             statements.append(b"SELECT set_config('%b', %b, false)" % (name, bytes(literal(was))))
     if doubt:
         statements.append(_TAKES_NO_WRITES)
     results = await _run(conn, statements) if statements else []
-    left = [name.decode() for name, _ in session.changed_parameters() if name in IDENTITY]
-    if left:
-        raise psycopg.OperationalError(f"settings could not be put back: {', '.join(left)}")
     return doubt and results[-1].get_value(0, 0) == b"t"
+
+
+def _names(names: Iterable[bytes]) -> str:
+    return ", ".join(sorted(name.decode() for name in names))
 
 
 async def note_configured(conn: BoundConnection) -> None:
@@ -87,12 +174,6 @@ async def has_set_read_only(conn: BoundConnection) -> bool:
 async def _set_by_session(conn: BoundConnection) -> set[bytes]:
     (result,) = await _run(conn, [b"SELECT name FROM pg_settings WHERE source = 'session'"])
     return {result.get_value(row, 0) for row in range(result.ntuples)}
-
-
-async def discard(conn: BoundConnection) -> None:
-    """Run DISCARD ALL."""
-    await _run(conn, [b"DISCARD ALL"])
-    conn._session.forget_prepared(conn)
 
 
 async def ask(conn: BoundConnection) -> None:

@@ -655,6 +655,7 @@ class Session:
         configured: The reported parameters that ``configure`` has set.
         in_question: True if another session was found on a server that has become another kind,
             and this one was not looked at yet.
+        returned: The checkout that has ended last, until the session is put right.
         unlocked: Done when the transaction of who gave it back last is over, if one was open.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
     """
@@ -676,6 +677,7 @@ class Session:
         "in_pool",
         "in_question",
         "pgconn",
+        "returned",
         "unlocked",
     )
 
@@ -686,6 +688,7 @@ class Session:
         self.accept_parameters()
         self.heard_at = 0.0
         self.checkout: Checkout | None = None
+        self.returned: Checkout | None = None
         self.in_pool = False
         self.unlocked: asyncio.Future[None] | None = None
         self._handle = weakref.ref(conn)

@@ -38,6 +38,7 @@ from ._attempt import Failure
 from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
+from ._cleaning import Cleaner
 from ._connection import (
     CANCEL_GRACE,
     LEFT_OPEN,
@@ -167,6 +168,9 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._ledger = Ledger(self._leak_threshold)
         self._held = self._ledger.held
         self._between = Between()
+        self._cleaner = Cleaner(
+            self.name, self._user_configure, self._user_reset == "discard", self._between.now
+        )
         self._openers: set[asyncio.Future[BaseException | None]] = set()
         self._returning: set[asyncio.Task[None]] = set()
         self._prepared = 0
@@ -1104,6 +1108,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             checkout,
         )
         self._end_checkout(fresh._session, checkout)
+        fresh._session.returned = checkout
         self._start_put_back(fresh)
 
     # --- release --------------------------------------------------------------------------
@@ -1167,6 +1172,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         ):
             self._give(fresh)
             return None
+        session.returned = checkout
         part_from_pipeline(conn)
         cleaning = self._start_put_back(fresh, roll_back=roll_back, cancelling=cancelling)
         if pgconn.transaction_status in (IDLE, UNKNOWN):
@@ -1325,30 +1331,15 @@ class BoundPool(_compat.TellingPool[ACT]):
         session: Session = conn._session
         if session.unlocked is not None:
             _set_done(session.unlocked)
-        if not session.parameters_unchanged:
-            if changed := session.changed_parameters():
-                logger.info(
-                    'a connection of pool "%s" came back with other settings: %s;'
-                    " what it has set is put back",
-                    self.name,
-                    ", ".join(name.decode() for name, _ in changed),
-                )
-            self._between.now(session, "putting its settings back")
-            refuses_writes = await _cleaning.put_settings_back(conn)
-            if self._failover.accept(conn) and refuses_writes:
-                self._failover.write_refused(conn)
-        if self._user_reset is None:
-            return
-        if self._user_reset != "discard":
-            self._between.now(session, "in the reset callback", self._user_reset)
-            await self._user_reset(conn)
-            return
-        self._between.now(session, "in DISCARD ALL")
-        await _cleaning.discard(conn)
-        if self._user_configure is not None:
-            self._between.now(session, "in the configure callback", self._user_configure)
-            await self._user_configure(conn)
-            session.forget_added_handlers(conn)
+        refuses_writes = await self._cleaner.clean(conn)
+        if not self._failover.accept(conn):
+            return  # it is to be replaced
+        if refuses_writes:
+            self._failover.write_refused(conn)
+        reset = self._user_reset
+        if reset is not None and reset != "discard":
+            self._between.now(session, "in the reset callback", reset)
+            await reset(conn)
 
     # --- closing --------------------------------------------------------------------------
 

@@ -456,7 +456,7 @@ async def test_a_reported_parameter_is_put_back(
         await conn.execute(statement)
         assert await settings(conn) != before
         caplog.set_level(logging.INFO, "poolkeeper")
-    assert 'a connection of pool "orders" came back with other settings: ' in caplog.text
+    assert "came back with other settings, which are put back: " in caplog.text
     assert parameter in caplog.text
     async with borrower(db, pids) as conn:
         assert not conn.autocommit
@@ -510,14 +510,39 @@ async def test_what_configure_set_on_the_server_is_what_is_put_back(
     assert len(pids) == 1
 
 
-async def test_a_role_of_configure_that_cannot_be_put_back_costs_the_connection(
-    make_manager: MakeManager, roles: None
+@pytest.mark.parametrize("role", ["hands_plain", "hands_super"])
+@pytest.mark.parametrize("change", ["reset role", "set role {other}", "set role none"])
+async def test_a_role_of_configure_is_put_back_by_configure(
+    make_manager: MakeManager, roles: None, role: str, change: str
 ) -> None:
-    """Back to the login role is all that can be said without knowing how it was set."""
+    """The server does not tell which role it was: configure knows."""
+    other = {"hands_plain": "hands_super", "hands_super": "hands_plain"}[role]
 
     async def configure(conn: Any) -> None:
-        await conn.execute("set role hands_plain")
+        await conn.execute(f"set role {role}")
         await conn.commit()
+
+    db = await opened(make_manager, configure=configure)
+    pids: set[int] = set()
+    for _ in range(3):
+        async with borrower(db, pids) as conn:
+            assert await (await conn.execute("select current_user::text")).fetchone() == (role,)
+            await conn.execute(change.format(other=other))
+            if role == "hands_super" and other not in change:
+                await conn.execute("set role hands_plain")  # superusers look alike
+    assert len(pids) == 1
+
+
+async def test_a_role_that_cannot_be_put_back_costs_the_connection(
+    make_manager: MakeManager, roles: None
+) -> None:
+    """Nobody gets a session that is another user's than configure made it."""
+    once = ["set role hands_plain"]
+
+    async def configure(conn: Any) -> None:
+        if once:
+            await conn.execute(once.pop())
+            await conn.commit()
 
     db = await opened(make_manager, configure=configure)
     async with db.connection() as conn:
@@ -525,9 +550,21 @@ async def test_a_role_of_configure_that_cannot_be_put_back_costs_the_connection(
         await conn.execute("reset role")
     async with db.connection() as conn:
         assert conn.info.backend_pid != pid
-        assert await (await conn.execute("select current_user::text")).fetchone() == (
-            "hands_plain",
-        )
+
+
+async def test_settings_that_are_put_back_are_told_once_with_the_line(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = await opened(make_manager)
+    caplog.set_level(logging.DEBUG, "poolkeeper")
+    for _ in range(5):
+        async with db.connection() as conn:
+            await conn.execute("set TimeZone = 'Asia/Tokyo'")
+    async with db.connection():
+        pass  # the last one is put right by now
+    told = [r for r in caplog.records if "other settings" in r.getMessage()]
+    assert [r.levelname for r in told] == ["INFO", *["DEBUG"] * 4]
+    assert "test_clean_hands.py:" in told[0].getMessage()
 
 
 async def test_a_set_that_was_rolled_back_costs_nothing_extra(make_manager: MakeManager) -> None:
@@ -673,6 +710,26 @@ async def test_discard_clears_what_is_not_reported(make_manager: MakeManager) ->
     assert row == ("41s", "Europe/Paris", True, True, None, 0, 0, 0, 0)
     assert len(pids) == 1
     assert len(configured) == 3  # once for the connection, once after each release
+
+
+async def test_discard_brings_back_the_role_that_configure_has_set(
+    make_manager: MakeManager, roles: None
+) -> None:
+    """Also where nothing is reported: from one superuser to another."""
+
+    async def configure(conn: Any) -> None:
+        await conn.execute("set role hands_super")
+        await conn.commit()
+
+    db = await opened(make_manager, configure=configure, reset="discard")
+    pids: set[int] = set()
+    for change in ("set role postgres", "reset role", "set session authorization postgres"):
+        async with borrower(db, pids) as conn:
+            await conn.execute(change)
+        async with borrower(db, pids) as conn:
+            query = "select current_user::text"
+            assert await (await conn.execute(query)).fetchone() == ("hands_super",)
+    assert len(pids) == 1
 
 
 async def test_configure_run_again_adds_its_handlers_once(make_manager: MakeManager) -> None:
