@@ -422,7 +422,7 @@ def _in_use(s: PoolSnapshot) -> Finding | None:
         return None
     states = Counter(row.status for row in s.checkouts)
     states.update(row.doing for row in s.steps if row.number != "making")
-    evidence = []
+    evidence: list[str] = []
     if states:
         evidence.append(f"{', '.join(f'{n} {state}' for state, n in states.most_common())}.")
     if s.checkouts:

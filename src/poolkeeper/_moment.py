@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import replace
 from types import CodeType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from psycopg import pq
 
@@ -66,7 +66,7 @@ def note_held(
     checkouts: Iterable[Checkout], waiting: Container[Holder], gave_up: Container[Holder]
 ) -> list[Held]:
     """Note who holds a connection, in the order of *checkouts*."""
-    held = []
+    held: list[Held] = []
     for checkout in checkouts:
         session, task = checkout.session, checkout.task
         if session is None or task is None:
@@ -164,8 +164,9 @@ class Moment:
         snapshot = self._snapshot
         if snapshot is None:
             holds = Counter(one.of for one in self._held)
+            fields = {**self._fields, "opened": str(self._fields["opened"])}
             snapshot = self._snapshot = _facts.PoolSnapshot(
-                **{**self._fields, "opened": str(self._fields["opened"])},
+                **cast("dict[str, Any]", fields),
                 checkouts=tuple(self._checkout_row(one, holds) for one in self._held),
                 waiters=tuple(
                     _facts.WaiterRow(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +376,195 @@ def test_each_cause_has_its_place_in_the_docs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text()
     assert len(names) > 8
     assert set(re.findall(r'<a id="([\w-]+)"></a>', page)) == names
+
+
+# --- with something innocent beside it ------------------------------------------------------------
+
+
+async def stall_before(db: PoolManager[Any], seconds: float = 0.9) -> None:
+    """Let the loop stand still while somebody waits, who is served afterwards."""
+    held = [await db.pool.getconn() for _ in range(db.pool.max_size)]
+    waiter = asyncio.create_task(db.fetchval("select 1"))
+    await until(lambda: db.snapshot().waiting == 1)
+    time.sleep(seconds)
+    await asyncio.sleep(0.3)
+    assert db.snapshot().stalled_seconds > seconds / 2
+    for conn in held:
+        await db.pool.putconn(conn)
+    assert await waiter == 1
+
+
+Situation = Callable[[PoolManager[Any], FaultProxy], AsyncGenerator[float, None]]
+"""Makes connections short, yields how long to wait for one, and clears up."""
+
+
+async def an_http_call(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    tasks = await start(db, 2, lambda conn: asyncio.sleep(30))
+    yield LONG
+    await end(tasks)
+
+
+async def a_slow_query(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    tasks = await start(db, 2, lambda conn: conn.execute("select pg_sleep(30)"))
+    yield LONG
+    await end(tasks)
+
+
+async def much_to_do(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    async def client() -> None:
+        while True:
+            async with db.connection() as conn:
+                await conn.execute("select pg_sleep(0.02)")
+
+    tasks = [asyncio.create_task(client()) for _ in range(200)]
+    yield 0.8
+    await end(tasks)
+
+
+async def careless_tasks(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    conns = [await asyncio.create_task(db.pool.getconn()) for _ in range(2)]
+    yield 0.2
+    for conn in conns:
+        await db.pool.putconn(conn)
+
+
+async def a_task_with_two(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    conns = [await db.pool.getconn() for _ in range(2)]
+    yield 0.2
+    for conn in conns:
+        await db.pool.putconn(conn)
+
+
+async def one_that_nests(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    tasks = await start(db, 1, lambda conn: asyncio.sleep(30))
+    tasks += await start(db, 1, lambda conn: db.fetchval("select 1"))
+    await until(lambda: db.snapshot().waiting == 1)
+    yield 0.2
+    await end(tasks)
+
+
+async def no_server(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    proxy.refuse = True
+    proxy.cut()
+    yield 0.5
+    proxy.refuse = False
+
+
+async def a_silent_server(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    proxy.silent = True
+    proxy.cut()
+    await db.pool.check()  # finds out that they are dead
+    yield 0.3
+    proxy.silent = False
+
+
+async def a_slow_reset(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
+    slow.append(db.name)
+    tasks = await start(db, 2, lambda conn: asyncio.sleep(0.01))
+    await until(lambda: db.snapshot().returning == 2)
+    yield 0.7
+    slow.clear()
+    await end(tasks)
+
+
+slow: list[str] = []
+
+
+async def reset(conn: Any) -> None:
+    if slow:
+        await asyncio.sleep(30)
+
+
+async def nothing_in_particular(
+    db: PoolManager[Any], proxy: FaultProxy
+) -> AsyncGenerator[float, None]:
+    tasks = await start(db, 2, lambda conn: asyncio.sleep(30))
+    yield 0.05
+    await end(tasks)
+
+
+SITUATIONS: dict[str, Situation] = {
+    "held-but-hardly-used": an_http_call,
+    "slow-queries": a_slow_query,
+    "too-small": much_to_do,
+    "suspected-leak": careless_tasks,
+    "several-held-by-one-task": a_task_with_two,
+    "nested-acquire": one_that_nests,
+    "server": no_server,
+    "growing": a_silent_server,
+    "held-up": a_slow_reset,
+    "all-in-use": nothing_in_particular,
+}
+
+
+@pytest.mark.parametrize("cause", SITUATIONS)
+async def test_a_stall_that_was_over_before_the_wait_is_not_named(
+    make_manager: MakeManager, proxy: FaultProxy, cause: str
+) -> None:
+    db = await opened(make_manager, 2, conninfo=proxy.dsn, reset=reset)
+    await stall_before(db)
+    situation = SITUATIONS[cause](db, proxy)
+    seconds = await anext(situation)
+    error = await asyncio.create_task(timed_out(db, seconds))
+    await anext(situation, None)
+    await db.close(timeout=0)
+    assert error.diagnosis is not None
+    assert error.diagnosis.cause == cause
+    assert "stood still" not in str(error)
+
+
+async def test_a_stall_that_took_a_small_part_of_the_wait_is_not_named(
+    make_manager: MakeManager,
+) -> None:
+    db = await opened(make_manager)
+    tasks = await start(db, 2, lambda conn: conn.execute("select pg_sleep(30)"))
+
+    async def block() -> None:
+        await until(lambda: db.snapshot().waiting == 1)
+        time.sleep(0.8)
+
+    blocking = asyncio.create_task(block())
+    error = await timed_out(db, 3.0)
+    await blocking
+    await end(tasks)
+    assert error.diagnosis is not None
+    assert 0.3 < error.diagnosis.snapshot.stalled_seconds < 1.5
+    assert error.diagnosis.cause == "slow-queries"
+
+
+async def test_one_leak_among_others_that_work_is_told_last(make_manager: MakeManager) -> None:
+    db = await opened(make_manager, 6)
+    leaked = await asyncio.create_task(db.pool.getconn())
+    tasks = await start(db, 5, lambda conn: conn.execute("select pg_sleep(30)"))
+    error = await timed_out(db, LONG)
+    await end(tasks)
+    await db.pool.putconn(leaked)
+    assert error.diagnosis is not None
+    causes = [finding.cause for finding in error.diagnosis.findings]
+    assert causes == ["slow-queries", "suspected-leak"]
+    assert "Also: 1 connection was not given back" in str(error)
+
+
+async def test_a_failure_of_long_ago_is_not_named(
+    make_manager: MakeManager, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked the server since; whoever waits now waits for its answer."""
+    monkeypatch.setattr(_diagnosis, "PROBED", 0.3)
+    db = await opened(make_manager, 1, max_size=2, conninfo=proxy.dsn)
+    async with db.connection():
+        proxy.refuse = True
+        error = await asyncio.create_task(timed_out(db, 0.5))
+        assert error.diagnosis is not None
+        assert error.diagnosis.cause == "server"
+        await until(lambda: db.snapshot().next_attempt_seconds is None)
+        proxy.refuse = False
+        proxy.silent = True
+        await asyncio.sleep(0.6)
+        error = await asyncio.create_task(timed_out(db, 0.3))
+        assert error.diagnosis is not None
+        assert error.diagnosis.cause == "unknown"
+        assert "What kept them is not known" in str(error)
+        proxy.silent = False
 
 
 # --- what is measured ---------------------------------------------------------------------------
