@@ -23,7 +23,7 @@ import psycopg
 
 from . import _conninfo
 from ._where import code_behind, site
-from ._words import at_login, class_name, each_host, in_words, raised_by
+from ._words import at_login, class_name, each_host, in_words, quotes_unknown, raised_by
 from .errors import PoolkeeperError
 
 SERVER = "waiting for the server"
@@ -321,7 +321,11 @@ def of_login(error: psycopg.Error, names: frozenset[str], servers: int = 1) -> F
     # where another one could: it may be back as well.
     permanent = all(stays for _, stays, _ in meanings) and len(said) >= servers
     kind, _, advice = next((m for m in meanings if not m[1]), meanings[-1])
-    return Failure(error, at_login(error, names), kind, advice, permanent)
+    words = at_login(error, names)
+    if quotes_unknown(error, names):
+        # It goes along as a cause, and a traceback prints that.
+        error = type(error)(words, pgconn=error.pgconn)
+    return Failure(error, words, kind, advice, permanent)
 
 
 def _meaning(error: psycopg.Error, said: str, of: int) -> tuple[str, bool, str]:

@@ -599,6 +599,10 @@ class BoundPool(_compat.TellingPool[ACT]):
             _compat.forget_connections(self, spare)
         return spare
 
+    def in_need(self) -> bool:
+        """Tell whether somebody waits, and there is no connection that may come back."""
+        return bool(self._line) and not self._sessions_made()
+
     def room(self) -> int:
         """Return how many attempts may be under way: `max_size` less the sessions there are."""
         return self.max_size - self._sessions_made()
@@ -837,7 +841,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if _compat.total(self) < self.max_size or self._connector.wanted:
             self._help_growth()
         self._clock.watch(waiter)
-        if self._connector.last_failure is not None and not self._sessions_made():
+        if self._connector.last_failure is not None and self.in_need():
             self._connector.hurry()
         try:
             conn = await waiter.future

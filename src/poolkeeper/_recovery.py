@@ -37,6 +37,10 @@ class Pool(Protocol):
         """Give up as many of *wanted* attempts as nobody needs any more, and return how many."""
         ...
 
+    def in_need(self) -> bool:
+        """Tell whether somebody waits, and there is no connection that may come back."""
+        ...
+
     def room(self) -> int:
         """Return how many attempts may be under way: ``max_size`` less the sessions there are."""
         ...
@@ -280,8 +284,12 @@ class Connector:
             return
         if delay is None:
             failed = self.last_failure
-            permanent = failed is not None and failed.is_permanent
-            delay = self.PROBE_EVERY_IF_PERMANENT if permanent else self.PROBE_EVERY
+            delay = self.PROBE_EVERY
+            if failed is not None and failed.is_permanent:
+                asked = self._pool.in_need()
+                delay = (
+                    self.PROBE_IF_PERMANENT_AND_ASKED if asked else self.PROBE_EVERY_IF_PERMANENT
+                )
         self._timer = self._loop.call_later(delay, weakly(self._probe), context=self._context)
 
     def _probe(self) -> None:

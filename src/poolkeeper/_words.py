@@ -97,6 +97,14 @@ def at_login(error: psycopg.Error | str, names: Collection[str]) -> str:
     return "; ".join(dict.fromkeys(_at_login(said, names) for said in each_host(str(error))))
 
 
+def quotes_unknown(error: psycopg.Error, names: Collection[str]) -> bool:
+    """Tell whether *error*, of a failed login, says anything that `at_login()` would hide."""
+    text = str(error)
+    return HIDDEN in at_login(text, names) or any(
+        HIDDEN in _hide_quoted(line, names) for line in text.splitlines()
+    )
+
+
 def class_name(error: BaseException) -> str:
     """Return the name of the class of *error* as a traceback has it."""
     cls = type(error)

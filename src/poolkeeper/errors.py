@@ -110,8 +110,13 @@ class ClosedError(PoolkeeperError, psycopg_pool.PoolClosed):
     """The pool was used after it was closed, or was closed while the caller waited."""
 
 
-class OpenError(PoolkeeperError, psycopg.OperationalError):
-    """The pool could not be opened; ``__cause__`` is the server's own reason where it gave one."""
+class OpenError(PoolkeeperError, psycopg_pool.PoolTimeout):
+    """
+    The pool could not be opened; ``__cause__`` is the server's own reason where it gave one.
+
+    Also a `psycopg_pool.PoolTimeout`, which is what ``wait()`` and ``open(wait=True)`` of a bare
+    pool raise, and a `psycopg.OperationalError`, as that is.
+    """
 
 
 class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):

@@ -34,6 +34,7 @@ class FakePool:
     num_workers = 3
     max_size = 100
     outage = 0.0
+    needed = False
     connector: Connector
     params: dict[str, str] = {}  # noqa: RUF012
 
@@ -43,6 +44,9 @@ class FakePool:
         self.failed: list[Failure] = []
         self.spare = 0
         self.tasks_go_on = True
+
+    def in_need(self) -> bool:
+        return self.needed
 
     def room(self) -> int:
         return self.max_size - self.made
@@ -471,6 +475,15 @@ async def test_who_asks_does_not_wait_long_for_a_reason_that_stays(server: Serve
     await server.answer(REFUSED)
     server.connector.hurry()
     assert server.connector.next_attempt_seconds == PROBE
+
+
+async def test_who_waits_already_does_not_wait_long_for_a_reason_that_stays(
+    server: Server,
+) -> None:
+    server.pool.needed = True
+    await server.want(1)
+    await server.answer(NO_ROLE)
+    assert server.connector.next_attempt_seconds == Connector.PROBE_IF_PERMANENT_AND_ASKED
 
 
 async def test_a_connection_that_was_claimed_and_lost_is_wanted_again(server: Server) -> None:

@@ -40,7 +40,7 @@ BASES = {
     LoopMismatchError: (PoolkeeperError, RuntimeError),
     NotOpenError: (PoolkeeperError, psycopg_pool.PoolClosed),
     ClosedError: (PoolkeeperError, psycopg_pool.PoolClosed),
-    OpenError: (PoolkeeperError, psycopg.OperationalError),
+    OpenError: (PoolkeeperError, psycopg_pool.PoolTimeout),
     AcquireTimeout: (PoolkeeperError, psycopg_pool.PoolTimeout),
     SelfDeadlockError: (AcquireTimeout,),
     TooManyWaitersError: (PoolkeeperError, psycopg_pool.TooManyRequests),
@@ -80,7 +80,8 @@ def test_what_the_package_exports_is_there() -> None:
 @pytest.mark.parametrize(
     ("cls", "caught_as"),
     [
-        (OpenError, psycopg.Error),
+        (OpenError, psycopg.OperationalError),
+        (OpenError, psycopg_pool.PoolTimeout),
         (AcquireTimeout, psycopg.OperationalError),
         (SelfDeadlockError, psycopg_pool.PoolTimeout),
         (NotOpenError, psycopg.OperationalError),
