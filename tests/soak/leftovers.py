@@ -80,15 +80,32 @@ class Objects:
         return cls(ours, loops, classes, total)
 
 
-def whose(kind: type) -> str:
-    """Return, for each object of a *kind*, what holds it: for whoever looks for a leak."""
-    lines = []
-    for found in [o for o in gc.get_objects() if issubclass(type(o), kind)]:
-        lines.append(f"{type(found).__name__}:")
-        for holder in gc.get_referrers(found):
-            if holder is not lines and type(holder).__name__ not in ("frame", "list"):
-                lines.append(f"    {type(holder).__name__} {str(holder)[:300]}")
+def whose(kind: type, most: int = 4) -> str:
+    """Return what holds the objects of a *kind*, and what holds that: to find a leak by."""
+    lines: list[str] = []
+    found = [o for o in gc.get_objects() if issubclass(type(o), kind)]
+    seen = {id(found), id(lines)}
+    for one in found[:40]:
+        _climb(one, lines, seen, 0, most)
     return "\n".join(lines)
+
+
+def _climb(thing: object, lines: list[str], seen: set[int], depth: int, most: int) -> None:
+    seen.add(id(thing))
+    words = " ".join(repr(thing).split())[:200] if depth < 9 else "..."
+    lines.append(f"{'  ' * depth}{type(thing).__name__} {words}")
+    holders = gc.get_referrers(thing)
+    seen.add(id(holders))
+    held_by = [h for h in holders if id(h) not in seen and not _is_dull(h)]
+    for holder in held_by[:most] if depth < 9 else ():
+        _climb(holder, lines, seen, depth + 1, most)
+    if not held_by and not depth:
+        lines.append("  nothing that the collector knows")
+
+
+def _is_dull(thing: object) -> bool:
+    code = getattr(thing, "f_code", None)
+    return isinstance(thing, type(gc)) or (code is not None and code.co_filename == __file__)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
+from poolkeeper._checkouts import Waiter
 from poolkeeper._connection import BoundConnection, Session
 
 from . import messes  # noqa: F401 - registers its kinds of work
@@ -330,7 +331,8 @@ class Soak:
         for _ in range(10):  # generators that are collected end in tasks
             await asyncio.sleep(0)
         for what in await self._left_over():
-            self.book.violation(f"left over when the pools are closed: {what}")
+            holders = whose(Waiter) + whose(BoundConnection) if "not 0" in what else ""
+            self.book.violation(f"left over when the pools are closed: {what}", details=holders)
 
     async def _left_over(self) -> list[str]:
         found = [f"{task!r}" for task in tasks()]
