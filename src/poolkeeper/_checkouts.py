@@ -252,6 +252,10 @@ class LineClock:
         tick = self._later.get(int(waiter.due / self.TICK))
         if tick is not None:
             tick.pop(waiter, None)
+        if not self._line:
+            # No look will come before somebody waits: these were served, and would keep for so
+            # long what they were served with.
+            self._soon.clear()
 
     def stop(self) -> None:
         """Stop ticking."""

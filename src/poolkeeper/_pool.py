@@ -1054,7 +1054,8 @@ class BoundPool(_compat.TellingPool[ACT]):
             lives = self._state in (_OPEN, _OPENING) and not conn.closed
             if lives and (same or self._failover.accept(conn)):
                 return True
-        await asyncio.shield(self._start_put_back(conn, from_getconn=True))
+        # Not its outcome: if close() ends it, that is no cancellation of whoever waits here.
+        await asyncio.wait({self._start_put_back(conn, from_getconn=True)})
         return False
 
     @property

@@ -647,6 +647,28 @@ async def test_close_while_a_check_callback_is_at_work(
     assert no_sessions()
 
 
+async def test_close_while_a_connection_that_failed_its_check_is_taken_back(
+    make_manager: MakeManager, proxy: FaultProxy
+) -> None:
+    """Whoever acquires is told that the pool is closed, and not cancelled."""
+
+    async def check(conn: Any) -> None:
+        await conn.execute("select 1")
+        proxy.stall()  # nor is there an answer to the rollback
+        refused.set()
+        raise RuntimeError
+
+    refused = asyncio.Event()
+    manager = make_manager(proxy.dsn, min_size=1, check=check, name="orders")
+    await manager.open()
+    acquiring = asyncio.create_task(manager.fetchval("select 1"))
+    await refused.wait()
+    await manager.close(timeout=0)
+    await asyncio.wait({acquiring}, timeout=AT_ONCE)
+    assert not acquiring.cancelled()
+    assert isinstance(acquiring.exception(), PoolClosed)
+
+
 # --- the server is gone -------------------------------------------------------------------------
 
 

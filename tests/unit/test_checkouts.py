@@ -312,6 +312,21 @@ async def test_nothing_ticks_when_nobody_waits(queue: Queue) -> None:
     assert not queue.loop.timers
 
 
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 30.0])
+async def test_who_was_served_is_not_kept_when_nobody_waits(queue: Queue, seconds: float) -> None:
+    """What it was served with, a connection that was given back by now, is not kept either."""
+    first = queue.join(30.0)
+    queue.loop.pass_time(1.5 * LineClock.TICK)  # it has looked what comes soon
+    waiter = queue.join(seconds)
+    for served in (first, waiter):
+        served.offer(object())
+        queue.line.leave(served)
+        queue.clock.forget(served)
+    kept = [weakref.ref(first.future), weakref.ref(waiter.future)]
+    del first, waiter, served
+    assert [ref() for ref in kept] == [None, None]
+
+
 async def test_however_many_wait_there_is_one_timer(queue: Queue) -> None:
     for seconds in (5.0, 0.1, 7.0, 0.05, 0.2):
         queue.join(seconds)
