@@ -27,6 +27,10 @@ class Pool(Protocol):
         """Return why no query can run in this state, None if one may; raise if not from here."""
         ...
 
+    def answered_lately(self, seconds: float) -> bool:
+        """Tell whether the server has answered whoever holds a connection, so long ago at most."""
+        ...
+
     def ask_idle(self) -> asyncio.Future[bool] | None:
         """Ask the server on a connection that nobody waits for; None if none is free."""
         ...
@@ -69,17 +73,24 @@ class Question:
     One question to the server, and all who wait for the answer.
 
     It is asked on a connection of the pool that is free, which is then the pool's to take back or
-    to replace, however long that takes. If there is none, it is asked on one beside the pool,
-    which is closed when the answer is known, or as soon as nobody waits for it any more.
+    to replace, however long that takes. If there is none, a query that was answered just now is an
+    answer. Else it is asked on one beside the pool, which is closed when the answer is known, or
+    as soon as nobody waits for it any more; once in `SHARED` seconds, whoever asks.
 
     Args:
         pool: Whose server is asked.
         before: The question before this one; what it has beside the pool goes first.
     """
 
+    SHARED = 1.0
+    """Seconds for which an answer from beside the pool is the answer for all who ask."""
+
     def __init__(self, pool: Pool, before: Question | None) -> None:
         self._pool = pool
-        self._before = before._task if before is not None else None
+        self._before = before
+        self._asked_beside = 0.0
+        self._said_beside: tuple[bool, str] | None = None
+        """When it was asked beside the pool last, and what the answer was; also before it."""
         self._answer: asyncio.Future[tuple[bool, str]] = asyncio.get_running_loop().create_future()
         self._askers = 0
         self._conn: Any = None
@@ -123,18 +134,33 @@ class Question:
             shut_down(self._conn.pgconn)
 
     async def _ask(self) -> None:
-        if self._before is not None:
-            await asyncio.wait({self._before})
-            self._before = None
+        await asyncio.sleep(0)  # who asks is to be counted first, also where tasks are eager
+        before, self._before = self._before, None
+        if before is not None:
+            await asyncio.wait({before._task})
+            self._asked_beside, self._said_beside = before._asked_beside, before._said_beside
+            before = None
         while self._askers and (verdict := self._pool.ask_idle()) is not None:
             await asyncio.wait({verdict})  # not its own to cancel
             if verdict.result():
                 self._tell(True, "the server answered")
                 return
-        if self._askers:
+        if self._askers and self._pool.answered_lately(self.SHARED):
+            self._tell(True, "the server has answered a query in the last second")
+        elif self._askers:
             self.beside = True
-            await self._ask_beside()
+            await self._find_out_beside()
         self.is_open = False
+
+    async def _find_out_beside(self) -> None:
+        pause = self._asked_beside + self.SHARED - monotonic()
+        if pause > 0 and self._said_beside is not None:
+            self._tell(*self._said_beside)
+            return
+        if pause > 0:  # nobody waited for the answer
+            await asyncio.sleep(pause)
+        self._asked_beside, self._said_beside = monotonic(), None
+        await self._ask_beside()
 
     async def _ask_beside(self) -> None:
         attempt = Attempt()
@@ -143,17 +169,22 @@ class Question:
             self._conn = await self._pool.connect_beside()
             await _cleaning.ask(self._conn)
         except Exception as ex:
-            self._tell(*self._refused(attempt.failure(ex)))
+            self._say(*self._refused(attempt.failure(ex)))
         except asyncio.CancelledError:
             if self.is_open:
                 raise
             # By us. It goes no further: its traceback would keep the socket open.
         else:
-            self._tell(True, "the server answered beside the pool, which has no connection free")
+            self._say(True, "the server answered beside the pool, which has no connection free")
         finally:
             if self._conn is not None:
                 self._pool.dismiss(self._conn)
                 self._conn = None
+
+    def _say(self, ok: bool, reason: str) -> None:
+        if self.is_open:  # else it was given up, and what came of it is our own doing
+            self._said_beside = ok, reason
+        self._tell(ok, reason)
 
     def _refused(self, failure: Failure) -> tuple[bool, str]:
         said = failure.words

@@ -233,10 +233,11 @@ class PoolManager(Generic[ACT_co]):
         Find out whether a query can run now, for a readiness endpoint.
 
         Asks the server on a connection that is free, without a place in the line; if none is,
-        on one beside the pool, which is closed at once: so it works while the pool is
-        exhausted too. Those who ask at the same time share one question, each with a timeout of
-        its own. Trouble of the server or the pool is an answer, not an exception. If cancelled,
-        nothing is left behind.
+        and no query was answered in the last second, on one beside the pool, which is closed at
+        once: so it works while the pool is exhausted too. Those who ask at the same time share
+        one question, each with a timeout of its own, and those who ask within a second the
+        answer from beside the pool. Trouble of the server or the pool is an answer, not an
+        exception. If cancelled, nothing is left behind.
 
         A server that has no slot for the connection beside the pool has answered, as long as the
         pool holds connections of its own.

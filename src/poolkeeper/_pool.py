@@ -93,6 +93,9 @@ NO_PIPELINE = pq.PipelineStatus.OFF
 FRESH = 0.001
 """Seconds for which a connection that was heard of, or looked at, is not looked at again."""
 
+ASKED = 0.25
+"""Seconds that an acquire without a timeout waits for an idle connection that is being asked."""
+
 PROBE_TIMEOUT = 2.0
 """Seconds that the server has to answer on a connection that is suspected to be dead."""
 
@@ -175,6 +178,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._returning: set[asyncio.Task[None]] = set()
         self._prepared = 0
         self._configuring = 0
+        self._asked_idle = 0  # idle connections that are being asked, and nobody's else
         self._freed: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] | None = None
         self._wanted = False  # by somebody who does not wait for it, or not any more
@@ -829,8 +833,11 @@ class BoundPool(_compat.TellingPool[ACT]):
                 detail=f"{self.numbers()}. max_waiting={self.max_waiting}.",
                 hint=f"Let the caller try again later. {see('too-many-waiters')}",
             )
+        comes_back = self._asked_idle > len(line)  # what a readiness probe has taken, say
         remaining = deadline - monotonic()
-        if remaining <= 0:
+        if remaining <= 0 and comes_back:
+            deadline = monotonic() + ASKED
+        elif remaining <= 0:
             _compat.count(self, self._REQUESTS_ERRORS)
             raise self._acquire_timeout(timeout)
         waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
@@ -838,7 +845,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             waiter.suspected = waiter.since
         line.append(waiter)
         self._requests_queued += 1
-        if _compat.total(self) < self.max_size or self._connector.wanted:
+        if not comes_back and (_compat.total(self) < self.max_size or self._connector.wanted):
             self._help_growth()
         self._clock.watch(waiter)
         if self._connector.last_failure is not None and self.in_need():
@@ -996,9 +1003,11 @@ class BoundPool(_compat.TellingPool[ACT]):
         """Ask the server whether *conn*, which was idle, works; keep it or replace it."""
         verdict = self._start_asking(conn)
         verdict.add_done_callback(partial(self._checked, conn))
+        self._asked_idle += 1
         return verdict
 
     def _checked(self, conn: Any, verdict: asyncio.Future[bool]) -> None:
+        self._asked_idle -= 1
         if not verdict.result():
             self._replace_dead([])  # this one was taken back; it may not be alone
         elif self._oversized or _compat.is_expired(self, conn, monotonic()):
@@ -1006,6 +1015,22 @@ class BoundPool(_compat.TellingPool[ACT]):
         else:
             self._between.end(conn._session)
             self._give(conn)
+
+    def answered_lately(self, seconds: float) -> bool:
+        """
+        Tell whether the server has answered whoever holds a connection, so long ago at most.
+
+        A query that failed was answered, too; one that was lost, or is under way, was not.
+        """
+        since = monotonic() - seconds
+        return any(
+            checkout.used
+            and checkout.changed_at > since
+            and (session := checkout.session) is not None
+            and session.pgconn.transaction_status in (IDLE, INTRANS, INERROR)
+            and session.is_quiet()
+            for checkout in self._held
+        )
 
     def ask_idle(self) -> asyncio.Future[bool] | None:
         """

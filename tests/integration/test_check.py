@@ -7,6 +7,7 @@ import copy
 import gc
 import logging
 import pickle
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +20,7 @@ from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
 from poolkeeper import (
+    AcquireTimeout,
     ConfigError,
     Health,
     LoopMismatchError,
@@ -29,6 +31,7 @@ from poolkeeper import (
 )
 from poolkeeper import _pool as pool_module
 from poolkeeper._embedded import EmbeddedServer
+from poolkeeper._health import Question
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, eventually
@@ -405,6 +408,98 @@ async def test_one_who_holds_a_connection_can_ask(make: Any) -> None:
             await db.fetchval("select 1")
 
 
+async def test_a_thousand_who_ask_cost_one_session_in_a_second(
+    make: Any, server_sessions: Callable[[str], int]
+) -> None:
+    connects = 0
+
+    def conninfo() -> str:
+        nonlocal connects
+        connects += 1
+        return dsn
+
+    db = await make()
+    dsn = db.pool.conninfo
+    db.pool.conninfo = conninfo
+    async with exhausted(db):
+        began = time.monotonic()
+        for _ in range(200):
+            answers = await asyncio.gather(*(db.check() for _ in range(5)))
+            assert {(health.ok, health.beside) for health in answers} == {(True, True)}
+        assert connects <= 1 + (time.monotonic() - began) / Question.SHARED
+
+
+async def test_a_query_that_was_answered_just_now_is_an_answer(make: Any) -> None:
+    db = await make()
+    async with db.connection() as conn:
+        await conn.execute("select 1")
+        health = await db.check()
+        assert (health.ok, health.beside) == (True, False)
+        assert health.reason == "the server has answered a query in the last second"
+
+
+async def test_a_query_that_was_lost_is_none(make: Any, proxy: FaultProxy) -> None:
+    db = await make(proxy.dsn)
+    with pytest.raises(psycopg.OperationalError):
+        async with db.connection() as conn:
+            await conn.execute("select 1")
+            proxy.cut()
+            health = await db.check()
+            assert (health.ok, health.beside) == (True, True)
+            await conn.execute("select 1")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"min_size": 2, "max_size": 4}])
+async def test_an_acquire_without_a_timeout_gets_what_a_probe_has_taken(
+    make: Any, arguments: dict[str, Any]
+) -> None:
+    """And the pool does not grow for it."""
+    db = await make(**arguments)
+    size = db.pool.min_size
+    going = True
+
+    async def probe() -> None:
+        while going:
+            assert await db.check()
+
+    probes = [asyncio.create_task(probe()) for _ in range(3)]
+    for _ in range(100):
+        async with db.connection(timeout=0):
+            await asyncio.sleep(0)
+    going = False
+    await asyncio.gather(*probes)
+    assert db.snapshot().total == size
+
+
+async def test_an_acquire_without_a_timeout_does_not_wait_for_a_silent_server(
+    make: Any, proxy: FaultProxy
+) -> None:
+    db = await make(proxy.dsn)
+    proxy.stall()
+    checking = asyncio.create_task(db.check(1))
+    await until(lambda: not db.snapshot().idle)
+    with at_once(), pytest.raises(AcquireTimeout):
+        await db.fetchval("select 1", timeout=0)
+    proxy.resume()
+    await checking
+
+
+if sys.version_info >= (3, 12):
+
+    async def test_it_is_right_where_tasks_are_eager(make: Any) -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        try:
+            db = await make()
+            health = await db.check()
+            assert (health.ok, health.reason) == (True, ANSWERED)
+            async with exhausted(db):
+                health = await db.check()
+                assert (health.ok, health.reason) == (True, BESIDE)
+            await db.close()
+        finally:
+            asyncio.get_running_loop().set_task_factory(None)
+
+
 # --- a server that has no slot left -------------------------------------------------------------
 
 
@@ -642,7 +737,9 @@ async def test_an_error_of_the_users_own_is_an_answer(make: Any, dsn: str) -> No
         assert health.reason.startswith("the conninfo function (")
         assert health.reason.endswith(" in conninfo) raised LookupError")
         broken = False
-        assert await db.check()
+        async with asyncio.timeout(PATIENT):
+            while not await db.check():  # for a second that was the answer for all who ask
+                await asyncio.sleep(0.05)
     await works(db)
 
 
