@@ -565,9 +565,9 @@ class Ledger:
         """Strike a checkout out."""
         self.held.pop(checkout, None)
         task = checkout.task
-        assert task is not None
-        checkout.name = task.get_name()
-        checkout.task = None
+        if task is not None:  # else the one who was here before was cut short
+            checkout.name = task.get_name()
+            checkout.task = None
         window = self._now
         if now > window.ends:
             window = self._turn(checkout.since, now)

@@ -107,8 +107,8 @@ class Keeper(Protocol):
     name: str
     close_returns: bool
 
-    def take_back_dropped(self, conn: BoundConnection, checkout: Checkout) -> None:
-        """Take a connection back that was garbage-collected while it was checked out."""
+    def take_back_dropped(self, conn: BoundConnection) -> None:
+        """Take a connection back that was garbage-collected and not closed."""
         ...
 
 
@@ -251,12 +251,13 @@ class BoundConnection(AsyncConnection[Any]):
         await super().close()
 
     def __del__(self, *args: Any) -> None:
-        checkout = self._checkout
-        if checkout is None or checkout.session is None or self._binding.dead:
+        session: Session | None = vars(self).get("_session")
+        if session is None or not session.in_pool or self.closed or self._binding.dead:
             super().__del__(*args)
         elif (keeper := self._keeper()) is not None:
-            # Acquired, and dropped without being given back: the session is still good.
-            keeper.take_back_dropped(self, checkout)
+            # The session is still good. Somebody has acquired it and did not give it back; or an
+            # acquire or a release was cut short, by a RecursionError, say.
+            keeper.take_back_dropped(self)
 
     @override
     def cancel(self) -> None:
@@ -655,6 +656,7 @@ class Session:
         configured: The reported parameters that ``configure`` has set.
         in_question: True if another session was found on a server that has become another kind,
             and this one was not looked at yet.
+        in_pool: True while the pool counts it, so that it must not be lost.
         returned: The checkout that has ended last, until the session is put right.
         unlocked: Done when the transaction of who gave it back last is over, if one was open.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
@@ -917,6 +919,7 @@ def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
 
 def remains(conn: BoundConnection) -> BoundConnection:
     """Return an object that stands for the session of *conn* once that is retired, to end it."""
+    conn._session.in_pool = False
     last = _new(conn.__class__)
     vars(last).update(vars(conn), _checkout=None, _pool=None)
     return last

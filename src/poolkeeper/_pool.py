@@ -1114,31 +1114,37 @@ class BoundPool(_compat.TellingPool[ACT]):
                 checkout.stack_text().rstrip(),
             )
 
-    def take_back_dropped(self, conn: BoundConnection, checkout: Checkout) -> None:
-        """Take a connection back that was garbage-collected while it was checked out."""
+    def take_back_dropped(self, conn: BoundConnection) -> None:
+        """Take a connection back that was garbage-collected and not closed."""
         assert self._binding is not None
         loop = self._binding.loop
         session = conn._session
-        if loop is None or loop.is_closed() or checkout is not session.checkout:
+        if loop is None or loop.is_closed():
             return
-        checkout.structured = False  # who waits now is going to have it
+        checkout = session.checkout
+        if checkout is not None:
+            checkout.structured = False  # who waits now is going to have it
         # The collector may run in any thread.
         fresh = session.successor(conn)
         with suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(self._take_back, fresh, checkout)
 
-    def _take_back(self, fresh: BoundConnection, checkout: Checkout) -> None:
-        if checkout.session is None or (self._state is not _OPEN and self._state is not _OPENING):
-            return  # its life is over, and another one may have begun
-        logger.warning(
-            'pool "%s": a connection was dropped without being given back, after %.1f s,'
-            " acquired %s; taken back",
-            self.name,
-            checkout.held_seconds,
-            checkout,
-        )
-        self._end_checkout(fresh._session, checkout)
-        fresh._session.returned = checkout
+    def _take_back(self, fresh: BoundConnection, checkout: Checkout | None) -> None:
+        if isinstance(fresh, RetiredConnection):
+            return
+        if fresh._binding is not self._binding or self._state not in (_OPEN, _OPENING):
+            fresh.pgconn.finish()  # its life is over, and another one may have begun
+            return
+        if checkout is not None:
+            logger.warning(
+                'pool "%s": a connection was dropped without being given back, after %.1f s,'
+                " acquired %s; taken back",
+                self.name,
+                checkout.held_seconds,
+                checkout,
+            )
+            self._end_checkout(fresh._session, checkout)
+            fresh._session.returned = checkout
         self._start_put_back(fresh)
 
     # --- release --------------------------------------------------------------------------
@@ -1213,9 +1219,9 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     def _end_checkout(self, session: Session, checkout: Checkout) -> float:
         """Strike a checkout out, and return the time."""
-        session.checkout = checkout.session = None
         now = monotonic()
         self._ledger.ends(checkout, now)
+        session.checkout = checkout.session = None
         if checkout.structured:
             self._usage_seconds += now - checkout.since
         if checkout.reported:
@@ -1473,6 +1479,7 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     def dismiss(self, conn: Any) -> asyncio.Task[None] | None:
         """End a connection that nobody holds; return the task of a close() of the user's own."""
+        conn._session.in_pool = False
         if conn.closes_like_psycopg:
             conn.pgconn.finish()
             return None

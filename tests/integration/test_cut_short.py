@@ -1,0 +1,115 @@
+"""An acquire or a release that is cut short half-way, by Python itself, loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import pytest
+
+from poolkeeper import PoolManager, _compat, _pool
+from poolkeeper._checkouts import Ledger
+from poolkeeper._connection import Session
+
+MakeManager = Callable[..., PoolManager[Any]]
+
+
+async def is_whole(db: PoolManager[Any], pids: set[int]) -> None:
+    """See that every connection can be had, and is the one that it was."""
+    for _ in range(5):
+        gc.collect()
+        await asyncio.sleep(0.01)
+    conns = [await db.pool.getconn(timeout=10) for _ in range(db.pool.max_size)]
+    assert {conn.info.backend_pid for conn in conns} == pids
+    assert db.snapshot().in_use == db.pool.max_size
+    for conn in conns:
+        assert await (await conn.execute("select 42")).fetchone() == (42,)
+        await conn.rollback()
+        await db.pool.putconn(conn)
+    assert db.snapshot().in_use == 0
+
+
+async def use(db: PoolManager[Any]) -> None:
+    async with db.connection() as conn:
+        await conn.execute("select 1")
+
+
+async def use_and_fail(db: PoolManager[Any]) -> None:
+    async with db.connection() as conn:
+        await conn.execute("select 1")
+        raise ZeroDivisionError
+
+
+class CutShort(BaseException):
+    """Stands for a KeyboardInterrupt, which would end the test run."""
+
+
+@pytest.mark.parametrize("body", [use, use_and_fail])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_compat, "note_idle_low"),
+        (_compat, "is_expired"),
+        (_pool, "Checkout"),
+        (_pool, "current_task"),
+        (Ledger, "ends"),
+        (Session, "successor"),
+        (Session, "is_quiet"),
+        (_pool.BoundPool, "_check_out"),
+        (_pool.BoundPool, "_end_checkout"),
+        (_pool.BoundPool, "_start_put_back"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+async def test_an_error_at_any_step_loses_no_connection(
+    make_manager: MakeManager,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    when: str,
+    body: Any,
+) -> None:
+    db = make_manager(min_size=2, max_size=2, name="orders", timeout=10)
+    await db.open()
+    pids = {conn.info.backend_pid for conn in db.pool._idle}
+    step = getattr(owner, name)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(owner, name, step)
+        if when == "after":
+            step(*args, **kwargs)
+        raise CutShort
+
+    await asyncio.sleep(0.01)  # so that sockets are looked at
+    monkeypatch.setattr(owner, name, fails)
+    with suppress(CutShort, ZeroDivisionError):
+        await body(db)
+    monkeypatch.setattr(owner, name, step)
+    await is_whole(db, pids)
+
+
+async def test_the_recursion_limit_met_at_any_depth_loses_no_connection(
+    make_manager: MakeManager,
+) -> None:
+    db = make_manager(min_size=2, max_size=2, name="orders", timeout=10)
+    await db.open()
+    pids = {conn.info.backend_pid for conn in db.pool._idle}
+
+    async def deep(depth: int) -> None:
+        await (deep(depth - 1) if depth else use(db))
+
+    limit = sys.getrecursionlimit()
+    met = 0
+    for depth in range(limit - 90, limit - 10):
+        try:
+            await asyncio.ensure_future(deep(depth))
+        except (RecursionError, psycopg.Error):
+            met += 1
+    assert met
+    await is_whole(db, pids)
