@@ -1072,7 +1072,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             why = raised_by("the check callback", ex)
             logger.info('a connection of pool "%s" failed its check: %s', self.name, why)
         except BaseException:
-            self._start_put_back(conn, from_getconn=True)
+            self._take_back_checked(conn)
             raise
         else:
             # The pool may be closing by now, or may have been closed and opened anew.
@@ -1080,8 +1080,14 @@ class BoundPool(_compat.TellingPool[ACT]):
             if lives and (same or self._failover.accept(conn)):
                 return True
         # Not its outcome: if close() ends it, that is no cancellation of whoever waits here.
-        await asyncio.wait({self._start_put_back(conn, from_getconn=True)})
+        await asyncio.wait({self._take_back_checked(conn)})
         return False
+
+    def _take_back_checked(self, conn: Any) -> asyncio.Task[None]:
+        """Take a connection back from a check callback, which may have left it in autocommit."""
+        if not isinstance(conn, RetiredConnection):
+            conn = conn._session.successor(conn)
+        return self._start_put_back(conn, from_getconn=True)
 
     @property
     def sessions(self) -> Iterable[Session]:

@@ -876,3 +876,36 @@ async def test_discard_on_a_pool_in_autocommit(make_manager: MakeManager) -> Non
         assert conn.autocommit
         cursor = await conn.execute("show statement_timeout")
         assert await cursor.fetchone() == ("0",)
+
+
+# --- what a check callback left -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_what_a_check_that_did_not_pass_has_changed_is_undone(
+    make_manager: MakeManager, how: str
+) -> None:
+    """psycopg_pool's `check_connection()`, cancelled twice, leaves it in autocommit."""
+    at_work = asyncio.Event()
+
+    async def check(conn: Any) -> None:
+        if at_work.is_set():
+            return
+        await conn.set_autocommit(True)
+        conn.row_factory = dict_row
+        at_work.set()
+        if how == "failed":
+            raise RuntimeError
+        await asyncio.sleep(60)
+
+    db = await opened(make_manager, check=check)
+    acquiring = asyncio.create_task(db.fetchone("select 1 as n"))
+    await at_work.wait()
+    if how == "cancelled":
+        acquiring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await acquiring
+    else:
+        assert await acquiring == (1,)
+    async with db.connection() as conn:
+        assert (conn.autocommit, conn.row_factory) == (False, tuple_row)
