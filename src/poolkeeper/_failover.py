@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from time import monotonic
 from typing import Any, Protocol
@@ -65,15 +64,16 @@ class Failover:
     """Seconds between two looks for a server that takes writes, while writes are refused."""
     LOOK_TIMEOUT = 2.0
     MOST = 10
-    WITHIN = 60.0
+    EVERY = 2.0
     """
-    No more than `MOST` changes are acted upon within so many seconds: a pooler in front of
-    several servers may report another one with each query.
+    After `MOST` changes, one in so many seconds is acted upon: a pooler in front of several
+    servers may report another one with each query.
     """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._changes: deque[float] = deque(maxlen=self.MOST)
+        self._credit = float(self.MOST)
+        self._credited_at = monotonic()
         self._looked_at = float("-inf")
         self._look: asyncio.Task[None] | None = None
 
@@ -138,10 +138,12 @@ class Failover:
 
     def _may_act(self) -> bool:
         now = monotonic()
-        changes = self._changes
-        if len(changes) == self.MOST and now - changes[0] < self.WITHIN:
+        earned = (now - self._credited_at) / self.EVERY
+        self._credit = min(float(self.MOST), self._credit + earned)
+        self._credited_at = now
+        if self._credit < 1.0:
             return False
-        changes.append(now)
+        self._credit -= 1.0
         return True
 
 
