@@ -21,14 +21,13 @@ from psycopg import generators, pq
 from psycopg.abc import PQGen
 
 from ._checkouts import Checkout
-from ._connection import IN_HOT_STANDBY, BoundConnection, Session
+from ._connection import KIND_PARAMETERS, READ_ONLY, STANDBY, BoundConnection, Session
 
 logger = logging.getLogger("poolkeeper")
 
 IDENTITY = frozenset({b"session_authorization", b"is_superuser"})
 """Not settings of their own: RESET SESSION AUTHORIZATION and RESET ROLE bring them back."""
 
-_READ_ONLY = b"default_transaction_read_only"
 _TAKES_NO_WRITES = (
     # Not transaction_read_only: a transaction is what its beginning was, before the RESET.
     b"SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool"
@@ -73,7 +72,7 @@ class Cleaner:
         session = conn._session
         checkout, session.returned = session.returned, None
         changed = session.changed_parameters()
-        doubt = session.in_doubt and _READ_ONLY not in session.configured
+        doubt = session.in_doubt and READ_ONLY not in session.configured
         if self._discards:
             self._step(session, "in DISCARD ALL")
             await _run(conn, [b"DISCARD ALL"])
@@ -107,7 +106,7 @@ class Cleaner:
             (logging.WARNING, left & session.configured, "has settings that cannot be put back"),
             (
                 logging.INFO,
-                left - session.configured,
+                left - session.configured - KIND_PARAMETERS,
                 "has settings that were changed by the server, or by what stands before it, and"
                 " are left as they are",
             ),
@@ -130,13 +129,13 @@ async def _put_settings_back(
     """Put back what is *changed*; with *doubt*, ask as well whether the server takes no writes."""
     configured = conn._session.configured
     if doubt:
-        changed.setdefault(_READ_ONLY, None)  # set, it may be, to what it was
+        changed.setdefault(READ_ONLY, None)  # set, it may be, to what it was
     statements: list[bytes] = []
     if not IDENTITY.isdisjoint(changed):
         statements += [b"RESET SESSION AUTHORIZATION", b"RESET ROLE"]
     literal = pq.Escaping(conn.pgconn).escape_literal
     for name, was in changed.items():
-        if name in IDENTITY or name == IN_HOT_STANDBY:
+        if name in IDENTITY or name == STANDBY:
             continue
         if name not in configured:
             statements.append(b"RESET " + name)
@@ -168,7 +167,7 @@ async def takes_writes(conn: BoundConnection) -> bool:
 
 async def has_set_read_only(conn: BoundConnection) -> bool:
     """Ask whether it is the session itself that has set what its transactions are by default."""
-    return _READ_ONLY in await _set_by_session(conn)
+    return READ_ONLY in await _set_by_session(conn)
 
 
 async def _set_by_session(conn: BoundConnection) -> set[bytes]:

@@ -94,11 +94,12 @@ REPORTED_PARAMETERS = (
     b"in_hot_standby",
 )
 
-IN_HOT_STANDBY = b"in_hot_standby"
-"""Reported since PostgreSQL 14, and the server's alone to change: "on" until it is promoted."""
+READ_ONLY = b"default_transaction_read_only"
+STANDBY = b"in_hot_standby"  # the server's alone to change, "on" until it is promoted
+KIND_PARAMETERS = frozenset({READ_ONLY, STANDBY})
+"""What tells one kind of server from another; reported since PostgreSQL 14."""
 
-_READ_ONLY = REPORTED_PARAMETERS.index(b"default_transaction_read_only")
-_STANDBY = REPORTED_PARAMETERS.index(IN_HOT_STANDBY)
+_KIND = [REPORTED_PARAMETERS.index(name) for name in (READ_ONLY, STANDBY)]
 
 
 class Keeper(Protocol):
@@ -769,14 +770,13 @@ class Session:
     @property
     def same_kind(self) -> bool:
         """True if the server does not report that it has become another kind of server."""
-        now = self._reported_parameters()
-        was = self._parameters
-        return was[_READ_ONLY] == now[_READ_ONLY] and was[_STANDBY] == now[_STANDBY]
+        was, now = self._parameters, self._reported_parameters()
+        return all(was[i] == now[i] for i in _KIND)
 
     @property
     def kind(self) -> str:
         """What kind of server this is, in the server's words; "" if it does not say."""
-        pairs = [(REPORTED_PARAMETERS[i], self._parameters[i]) for i in (_READ_ONLY, _STANDBY)]
+        pairs = [(REPORTED_PARAMETERS[i], self._parameters[i]) for i in _KIND]
         return ", ".join(f"{name.decode()}={v.decode()}" for name, v in pairs if v is not None)
 
     def doubt(self) -> None:
