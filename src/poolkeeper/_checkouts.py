@@ -47,6 +47,7 @@ class Waiter:
         "since",
         "suspected",
         "task",
+        "tick",
         "timeout",
     )
 
@@ -65,6 +66,8 @@ class Waiter:
         self.deadline = self.due = deadline
         """When its time is up; when the clock looks at it next."""
         self.grace = LineClock.MOST_GRACE
+        self.tick: dict[Waiter, None] | None = None
+        """Among whom it is, until that comes near."""
         self.seen = 0
         """How many stalls of the loop it was given back, or was not there for."""
         self.suspected = 0.0
@@ -239,19 +242,24 @@ class LineClock:
     def watch(self, waiter: Waiter) -> None:
         """Look after one more waiter."""
         waiter.seen = self._stalled
-        waiter.due = waiter.deadline
+        due = waiter.deadline
         if waiter.suspected:
-            waiter.due = min(waiter.deadline, waiter.suspected + self.DEADLOCK_GRACE)
-        self._place(waiter)
-        due = self._due
-        if due == 0.0 or waiter.due < due:
-            self._arm(waiter.due)
+            due = waiter.due = min(due, waiter.suspected + self.DEADLOCK_GRACE)
+        # _place(), without the call where others are looked at in the same tick.
+        tick = self._later.get(int(due / self.TICK))
+        if tick is not None:
+            waiter.tick = tick
+            tick[waiter] = None
+        else:
+            self._place(waiter)
+        next_due = self._due
+        if next_due == 0.0 or due < next_due:
+            self._arm(due)
 
     def forget(self, waiter: Waiter) -> None:
         """Look after *waiter* no more."""
-        tick = self._later.get(int(waiter.due / self.TICK))
-        if tick is not None:
-            tick.pop(waiter, None)
+        if waiter.tick is not None:
+            waiter.tick.pop(waiter, None)
         if not self._line:
             # No look will come before somebody waits: these were served, and would keep for so
             # long what they were served with.
@@ -269,11 +277,12 @@ class LineClock:
         if tick <= self._near:
             self._number += 1
             heappush(self._soon, (waiter.due, self._number, waiter))
-        elif tick in self._later:
-            self._later[tick][waiter] = None
-        else:
-            self._later[tick] = {waiter: None}
+            return
+        if tick not in self._later:
+            self._later[tick] = {}
             heappush(self._ticks, tick)
+        waiter.tick = self._later[tick]
+        waiter.tick[waiter] = None
 
     def _arm(self, due: float) -> None:
         now = monotonic()

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import replace
 from types import CodeType
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 from psycopg import pq
 
@@ -164,9 +164,10 @@ class Moment:
         snapshot = self._snapshot
         if snapshot is None:
             holds = Counter(one.of for one in self._held)
-            fields = {**self._fields, "opened": str(self._fields["opened"])}
+            fields: dict[str, Any] = {**self._fields}
+            fields["opened"] = str(fields["opened"])
             snapshot = self._snapshot = _facts.PoolSnapshot(
-                **cast("dict[str, Any]", fields),
+                **fields,
                 checkouts=tuple(self._checkout_row(one, holds) for one in self._held),
                 waiters=tuple(
                     _facts.WaiterRow(

@@ -37,7 +37,7 @@ from . import _attempt, _cleaning, _compat, _facts
 from ._attempt import Failure
 from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
-from ._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
+from ._checkouts import Checkout, Holder, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._cleaning import Cleaner
 from ._connection import (
     CANCEL_GRACE,
@@ -269,7 +269,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             )
         return self._moment().snapshot()
 
-    def _moment(self, gave_up: Container[asyncio.Task[Any] | None] = ()) -> Moment:
+    def _moment(self, gave_up: Container[Holder] = ()) -> Moment:
         """
         Note the facts of this moment.
 
@@ -890,14 +890,14 @@ class BoundPool(_compat.TellingPool[ACT]):
             waiter.refuse(self._acquire_timeout(waiter.timeout, waited, moment))
 
     def _acquire_timeout(
-        self, timeout: float, waited: float = 0.0, moment: Moment | None = None
+        self, timeout: float, waited: float | None = None, moment: Moment | None = None
     ) -> AcquireTimeout:
         """
         Return why an acquire has failed, in words that are found when they are read.
 
         Args:
             timeout: How long it was to wait.
-            waited: How long it did.
+            waited: How long it did; None if not in line when its time was up.
             moment: What is known by now.
         """
         now = monotonic()
@@ -910,6 +910,8 @@ class BoundPool(_compat.TellingPool[ACT]):
                 or not moment.is_of(self.counts(), self._ledger.last_began)
             ):
                 moment = self._last_moment = self._moment()
+        if waited is None:
+            waited = max(0.0, timeout)
         error = AcquireTimeout.told_later(partial(moment.account, timeout, waited))
         cause = self._connector.last_error
         if cause is not None:
