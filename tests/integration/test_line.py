@@ -536,7 +536,7 @@ async def test_a_pool_that_is_made_smaller_closes_what_is_too_much(
     waiter = asyncio.create_task(db.fetchval("select 1"))
     await until(lambda: len(db.pool._line) == 1)
     await db.pool.putconn(holders.pop())
-    assert db.pool.counts()["total"] == 3
+    await until(lambda: db.pool.counts()["total"] == 3)
     assert len(db.pool._line) == 1
     await db.pool.putconn(holders.pop())
     assert await waiter == 1
