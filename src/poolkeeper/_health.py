@@ -58,14 +58,15 @@ async def check(pool: Pool, timeout: float) -> _facts.Health:
     """Return whether the server answers within *timeout* seconds."""
     began = monotonic()
     ok, beside = False, False
-    reason = pool.out_of_service("check it")
+    reason = kind = pool.out_of_service("check it")
     if reason is None:
         question = pool.question
         if question is None or not question.is_open:
             question = pool.question = Question(pool, question)
-        ok, reason = await question.answer_within(timeout)
+        ok, reason, kind = await question.answer_within(timeout)
         beside = question.beside
-    return _facts.Health(ok, reason, monotonic() - began, beside, pool.snapshot())
+    seconds = monotonic() - began
+    return _facts.Health(ok, reason, seconds, beside, pool.snapshot(), kind or reason)
 
 
 class Question:
@@ -89,9 +90,11 @@ class Question:
         self._pool = pool
         self._before = before
         self._asked_beside = 0.0
-        self._said_beside: tuple[bool, str] | None = None
+        self._said_beside: tuple[bool, str, str] | None = None
         """When it was asked beside the pool last, and what the answer was; also before it."""
-        self._answer: asyncio.Future[tuple[bool, str]] = asyncio.get_running_loop().create_future()
+        self._answer: asyncio.Future[tuple[bool, str, str]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._askers = 0
         self._conn: Any = None
         self.is_open = True
@@ -101,8 +104,8 @@ class Question:
         self._task: asyncio.Task[None] = pool.start_own_task(self._ask, "check")
         self._task.add_done_callback(self._ended)
 
-    async def answer_within(self, timeout: float) -> tuple[bool, str]:
-        """Return whether a query can run, and why."""
+    async def answer_within(self, timeout: float) -> tuple[bool, str, str]:
+        """Return whether a query can run, why, and why for strangers; "" if that is the same."""
         self._askers += 1
         try:
             # A wait of its own for each: neither its timeout nor its cancellation is the others'.
@@ -113,17 +116,17 @@ class Question:
                 self._stop()
         if self._answer.done():
             return self._answer.result()
-        return False, f"no answer within {timeout:.2f} s"
+        return False, f"no answer within {timeout:.2f} s", ""
 
     def refuse(self, reason: str) -> None:
         """Answer no, and ask no more: the pool is about to close."""
         self._tell(False, reason)
         self._stop()
 
-    def _tell(self, ok: bool, reason: str) -> None:
+    def _tell(self, ok: bool, reason: str, kind: str = "") -> None:
         self.is_open = False
         if not self._answer.done():
-            self._answer.set_result((ok, reason))
+            self._answer.set_result((ok, reason, kind))
 
     def _stop(self) -> None:
         self.is_open = False
@@ -181,16 +184,16 @@ class Question:
                 self._pool.dismiss(self._conn)
                 self._conn = None
 
-    def _say(self, ok: bool, reason: str) -> None:
+    def _say(self, ok: bool, reason: str, kind: str = "") -> None:
         if self.is_open:  # else it was given up, and what came of it is our own doing
-            self._said_beside = ok, reason
-        self._tell(ok, reason)
+            self._said_beside = ok, reason, kind
+        self._tell(ok, reason, kind)
 
-    def _refused(self, failure: Failure) -> tuple[bool, str]:
-        said = failure.words
+    def _refused(self, failure: Failure) -> tuple[bool, str, str]:
         if failure.has_no_slot and self._pool.snapshot().in_use:
-            return True, f"the server answered that it has no slot beside the pool's own: {said}"
-        return False, said
+            full = "the server answered that it has no slot beside the pool's own"
+            return True, f"{full}: {failure.words}", full
+        return False, failure.words, failure.kind
 
     def _ended(self, _task: asyncio.Task[None]) -> None:
         # Somebody cancelled every task there is, or the connection class failed in a way of its

@@ -509,6 +509,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         )
         if failed is not None:
             error.__cause__ = failed.error
+            error.kind = failed.kind
         return error
 
     # --- making connections ----------------------------------------------------------------

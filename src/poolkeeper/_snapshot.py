@@ -230,5 +230,8 @@ class Health:
     snapshot: PoolSnapshot
     """The pool when that was known."""
 
+    kind: str = ""
+    """Why, for strangers: what kind of reason it is, without host, port, user or database."""
+
     def __bool__(self) -> bool:
         return self.ok

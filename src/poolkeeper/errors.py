@@ -118,6 +118,9 @@ class OpenError(PoolkeeperError, psycopg_pool.PoolTimeout):
     pool raise, and a `psycopg.OperationalError`, as that is.
     """
 
+    kind: str = "no connection can be made"
+    """Why, for strangers: what kind of reason it is, without host, port, user or database."""
+
 
 class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):
     """No connection became free in time; ``__cause__`` is the last connect failure, if any."""

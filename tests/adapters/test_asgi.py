@@ -734,12 +734,19 @@ async def test_a_pool_that_cannot_be_opened_fails_each_request_with_the_reason(
         min_size=1,
         name="orders",
     )
-    app = LifespanMiddleware(value, manager, readyz="/readyz", open_on_first_request=True)
+    app = LifespanMiddleware(
+        value, manager, readyz="/readyz", readyz_details="/details", open_on_first_request=True
+    )
     failed = await asyncio.gather(*(ask(app) for _ in range(3)), return_exceptions=True)
     for error in (*failed, *await asyncio.gather(ask(app), return_exceptions=True)):
         assert isinstance(error, OpenError)
         assert 'role "nobody_there" does not exist' in str(error)
     status, body = await ask(app, "/readyz")
+    assert (status, json.loads(body)["reason"]) == (
+        503,
+        "the pool cannot be opened: the server refuses the login",
+    )
+    status, body = await ask(app, "/details")
     assert (status, json.loads(body)["reason"]) == (
         503,
         'cannot open pool "orders": role "nobody_there" does not exist',

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from poolkeeper import MissingDependencyError, NotOpenError, PoolManager
 from poolkeeper.adapters._shared import RequestConnection, Span, pool_in, ready, requires
@@ -170,3 +172,53 @@ def test_a_broken_or_older_package_is_not_called_a_missing_one(
     with pytest.raises(ImportError, match=message) as caught, requires("broken_framework"):
         importlib.import_module("broken_framework")
     assert not isinstance(caught.value, MissingDependencyError)
+
+
+# --- health ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"port": "1"}, "nobody answers at this host and port", "Connection refused"),
+        ({"user": "stranger"}, "the server refuses the login", 'role "stranger" does not exist'),
+        ({"dbname": "elsewhere"}, "the server refuses the database", 'database "elsewhere"'),
+        (
+            {"host": "db.elsewhere.invalid", "hostaddr": ""},
+            "the host name cannot be resolved",
+            "db.elsewhere.invalid",
+        ),
+    ],
+)
+async def test_strangers_are_told_what_kind_of_reason_it_is_and_the_log_its_words(
+    change: dict[str, str],
+    kind: str,
+    words: str,
+    dsn: str,
+    make_manager: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    db = make_manager(make_conninfo(dsn, **change), min_size=0, max_size=1, name="orders")
+    await db.open()
+    answer = await ready(lambda: db)
+    assert answer.status == 503
+    reason = json.loads(answer.body)["reason"]
+    assert kind in reason
+    for named in ("stranger", "elsewhere", "127.0.0.1", "localhost", "port 1", "postgres"):
+        assert named not in answer.body.decode()
+    assert words in caplog.text
+    told = json.loads((await ready(lambda: db, details=True)).body)["reason"]
+    assert words in told
+    health = await db.check()
+    assert (health.kind, health.reason) == (reason, told)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["aiohttp", "blacksheep", "falcon", "fastapi", "litestar", "quart", "sanic", "starlette"],
+)
+def test_each_adapter_has_a_handler_for_those_who_may_know_more(name: str) -> None:
+    adapter = importlib.import_module(f"poolkeeper.adapters.{name}")
+    assert "readyz_details" in adapter.__all__
+    assert adapter.readyz_details is not adapter.readyz

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -23,11 +24,14 @@ from poolkeeper import (
     Diagnosis,
     MissingDependencyError,
     NotOpenError,
+    OpenError,
     PoolkeeperError,
     PoolManager,
 )
 from poolkeeper._where import call_site as call_site
 from poolkeeper.errors import see
+
+logger = logging.getLogger("poolkeeper")
 
 KEY = "poolkeeper"
 """Where an application keeps its manager, unless told otherwise."""
@@ -274,28 +278,37 @@ def alive() -> Answer:
 
 
 async def ready(
-    find: Callable[[], PoolManager[Any] | Awaitable[PoolManager[Any]]], timeout: float = 2.0
+    find: Callable[[], PoolManager[Any] | Awaitable[PoolManager[Any]]],
+    timeout: float = 2.0,
+    details: bool = False,
 ) -> Answer:
     """
     Answer whether a query can run now, also while the pool is exhausted.
 
-    200 if the server answers, 503 with the reason if not. In both cases the five numbers of the
-    pool and, where connections are short, the cause that the diagnosis names.
+    200 if the server answers, 503 if not. In both cases the kind of reason, the five numbers of
+    the pool and, where connections are short, the cause that the diagnosis names. Anybody may ask:
+    the words of the server, which name hosts, users and databases, are in the log.
 
     Args:
         find: Finds the manager, or says with an error of ours why there is none.
         timeout: Seconds to wait for the server.
+        details: Tell the words of the server as well; for those who may read the log.
     """
     try:
         found = find()
         manager = found if isinstance(found, PoolManager) else await found
     except PoolkeeperError as ex:
-        return Answer.of(503, status="not ready", reason=str(ex.args[0]))
+        reason = str(ex.args[0])
+        if isinstance(ex, OpenError) and not details:
+            reason = f"the pool cannot be opened: {ex.kind}"
+        return Answer.of(503, status="not ready", reason=reason)
     health = await manager.check(timeout)
+    if not health.ok:
+        logger.info('pool "%s" is not ready: %s', manager.name, health.reason)
     return Answer.of(
         200 if health.ok else 503,
         status="ready" if health.ok else "not ready",
-        reason=health.reason,
+        reason=health.reason if details else health.kind,
         pool=_numbers(manager.diagnose()),
     )
 

@@ -27,7 +27,7 @@ from ._shared import Answer, RequestConnection, Span, alive, pool_in, ready, req
 with requires("aiohttp"):
     from aiohttp import web
 
-__all__ = ["KEY", "connection_from", "livez", "pool_from", "readyz", "setup"]
+__all__ = ["KEY", "connection_from", "livez", "pool_from", "readyz", "readyz_details", "setup"]
 
 KEY: web.AppKey[PoolManager[Any]] = web.AppKey("poolkeeper", PoolManager)
 """Where an application keeps its manager, unless told otherwise."""
@@ -183,6 +183,17 @@ async def readyz(request: web.Request) -> web.Response:
     .. versionadded:: 0.1.0
     """
     return _response(await ready(lambda: pool_from(request)))
+
+
+async def readyz_details(request: web.Request) -> web.Response:
+    """
+    Answer as `readyz` does, with the words of the server: they name hosts, users and databases.
+
+    For a path that only those can reach who may read the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(await ready(lambda: pool_from(request), details=True))
 
 
 def _response(answer: Answer) -> web.Response:

@@ -80,6 +80,8 @@ class LifespanMiddleware:
         livez: Path on which to answer 200: the process is alive.
         readyz: Path on which to answer 200 if a query can run now, 503 with the reason if not,
             while the pool is exhausted too. See `PoolManager.check()`.
+        readyz_details: Path on which to answer so with the words of the server, which name hosts,
+            users and databases; one that only those can reach who may read the log.
         open_on_first_request: For servers that know no lifespan, such as daphne, and for an
             application that is mounted in another: start when the first request comes, the
             one for *readyz* included. What hinders the start then fails requests, and each tries
@@ -99,6 +101,7 @@ class LifespanMiddleware:
         key: str = KEY,
         livez: str | None = None,
         readyz: str | None = None,
+        readyz_details: str | None = None,
         open_on_first_request: bool = False,
     ) -> None:
         self._app = app
@@ -107,6 +110,7 @@ class LifespanMiddleware:
         self._key = key
         self._livez = livez
         self._readyz = readyz
+        self._readyz_details = readyz_details
         self._by_itself = open_on_first_request
         self._stand_in: _StandIn | None = None
         self._state: State | None = None
@@ -164,8 +168,8 @@ class LifespanMiddleware:
         path: str = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         if path == self._livez:
             return alive()
-        if path == self._readyz:
-            return await ready(lambda: self._found(scope))
+        if path in (self._readyz, self._readyz_details):
+            return await ready(lambda: self._found(scope), details=path == self._readyz_details)
         return None
 
     async def _found(self, scope: Scope) -> PoolManager[Any]:

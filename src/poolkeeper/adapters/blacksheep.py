@@ -38,6 +38,7 @@ __all__ = [
     "livez",
     "pool_from",
     "readyz",
+    "readyz_details",
     "use_pool",
 ]
 
@@ -249,6 +250,17 @@ async def readyz(request: Request) -> Response:
     .. versionadded:: 0.1.0
     """
     return _response(await ready(lambda: pool_from(request)))
+
+
+async def readyz_details(request: Request) -> Response:
+    """
+    Answer as `readyz` does, with the words of the server: they name hosts, users and databases.
+
+    For a path that only those can reach who may read the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(await ready(lambda: pool_from(request), details=True))
 
 
 def _scope(request: Request) -> dict[str, Any]:

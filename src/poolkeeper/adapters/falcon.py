@@ -29,7 +29,15 @@ from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready
 with requires("falcon"):
     from falcon.asgi import Request, Response, WebSocket
 
-__all__ = ["KEY", "PoolMiddleware", "connection_from", "livez", "pool_from", "readyz"]
+__all__ = [
+    "KEY",
+    "PoolMiddleware",
+    "connection_from",
+    "livez",
+    "pool_from",
+    "readyz",
+    "readyz_details",
+]
 
 NO_START_UP = (
     "Give the application middleware=[PoolMiddleware(manager)], before all others. In tests use"
@@ -143,8 +151,11 @@ class _Livez:
 
 
 class _Readyz:
+    def __init__(self, details: bool) -> None:
+        self._details = details
+
     async def on_get(self, req: Request, resp: Response) -> None:
-        _give(resp, await ready(lambda: pool_from(req)))
+        _give(resp, await ready(lambda: pool_from(req), details=self._details))
 
 
 def _give(resp: Response, answer: Answer) -> None:
@@ -163,12 +174,22 @@ For ``app.add_route("/livez", livez)``. Asks neither pool nor server.
 .. versionadded:: 0.1.0
 """
 
-readyz = _Readyz()
+readyz = _Readyz(details=False)
 """
 A resource that answers 200 if a query can run now, 503 with the reason if not, while the pool is
 exhausted too.
 
 For ``app.add_route("/readyz", readyz)``. See `PoolManager.check()`.
+
+.. versionadded:: 0.1.0
+"""
+
+readyz_details = _Readyz(details=True)
+"""
+A resource that answers as `readyz` does, with the words of the server: they name hosts, users and
+databases.
+
+For a path that only those can reach who may read the log.
 
 .. versionadded:: 0.1.0
 """

@@ -27,7 +27,7 @@ with requires("fastapi"):
     from fastapi.requests import HTTPConnection
 
 from . import starlette
-from .starlette import connection_from, livez, readyz
+from .starlette import connection_from, livez, readyz, readyz_details
 
 __all__ = [
     "KEY",
@@ -39,6 +39,7 @@ __all__ = [
     "livez",
     "pool_from",
     "readyz",
+    "readyz_details",
 ]
 
 

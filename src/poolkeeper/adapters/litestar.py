@@ -51,6 +51,7 @@ __all__ = [
     "livez",
     "pool_from",
     "readyz",
+    "readyz_details",
 ]
 
 NO_STARTUP = (
@@ -235,6 +236,18 @@ async def readyz(request: Request[Any, Any, Any]) -> Response[bytes]:
     .. versionadded:: 0.1.0
     """
     return _response(await ready(lambda: pool_from(request)))
+
+
+@get("/readyz-details", include_in_schema=False)
+async def readyz_details(request: Request[Any, Any, Any]) -> Response[bytes]:
+    """
+    Answer as `readyz` does, with the words of the server: they name hosts, users and databases.
+
+    For a path that only those can reach who may read the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(await ready(lambda: pool_from(request), details=True))
 
 
 def _response(answer: Answer) -> Response[bytes]:

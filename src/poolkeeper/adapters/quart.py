@@ -28,7 +28,7 @@ from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready
 with requires("quart"):
     from quart import Quart, Response, current_app, g
 
-__all__ = ["KEY", "connection_from", "init_app", "livez", "pool_from", "readyz"]
+__all__ = ["KEY", "connection_from", "init_app", "livez", "pool_from", "readyz", "readyz_details"]
 
 NO_STARTUP = (
     "Call init_app(app, manager). In tests enter the application, say"
@@ -159,6 +159,17 @@ async def readyz() -> Response:
     .. versionadded:: 0.1.0
     """
     return _response(await ready(pool_from))
+
+
+async def readyz_details() -> Response:
+    """
+    Answer as `readyz` does, with the words of the server: they name hosts, users and databases.
+
+    For a path that only those can reach who may read the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(await ready(pool_from, details=True))
 
 
 def _response(answer: Answer) -> Response:

@@ -29,7 +29,7 @@ from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready
 with requires("sanic"):
     from sanic import HTTPResponse, Request, Sanic
 
-__all__ = ["KEY", "connection_from", "livez", "pool_from", "readyz", "setup"]
+__all__ = ["KEY", "connection_from", "livez", "pool_from", "readyz", "readyz_details", "setup"]
 
 NO_START_UP = (
     "Give the application a pool with setup(app, manager), and let its listeners run: Sanic's own"
@@ -181,6 +181,17 @@ async def readyz(request: Request[Any, Any]) -> HTTPResponse:
     .. versionadded:: 0.1.0
     """
     return _response(await ready(lambda: pool_from(request)))
+
+
+async def readyz_details(request: Request[Any, Any]) -> HTTPResponse:
+    """
+    Answer as `readyz` does, with the words of the server: they name hosts, users and databases.
+
+    For a path that only those can reach who may read the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(await ready(lambda: pool_from(request), details=True))
 
 
 def _response(answer: Answer) -> HTTPResponse:

@@ -27,7 +27,7 @@ with requires("starlette"):
     from starlette.requests import HTTPConnection, Request
     from starlette.responses import Response
 
-__all__ = ["KEY", "connection_from", "lifespan", "livez", "pool_from", "readyz"]
+__all__ = ["KEY", "connection_from", "lifespan", "livez", "pool_from", "readyz", "readyz_details"]
 
 NO_LIFESPAN = (
     "Give the application lifespan=lifespan(manager). In tests enter the client:"
@@ -94,6 +94,17 @@ async def readyz(request: Request) -> Response:
     .. versionadded:: 0.1.0
     """
     return _response(await ready(lambda: pool_from(request)))
+
+
+async def readyz_details(request: Request) -> Response:
+    """
+    Answer as `readyz` does, with the words of the server: they name hosts, users and databases.
+
+    For a path that only those can reach who may read the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(await ready(lambda: pool_from(request), details=True))
 
 
 def _response(answer: Answer) -> Response:
