@@ -157,6 +157,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             "conninfo": conninfo,
             "kwargs": kwargs,
             "connection_class": connection_class,
+            "configure": configure,
             "check": check,
             "reset": self._clean,
             **settings,
