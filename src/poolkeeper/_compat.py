@@ -2,8 +2,9 @@
 The one place that touches the internals of psycopg_pool.
 
 Every name used here was read in psycopg_pool 3.3.2 and 3.3.3; ``tests/unit/test_compat.py``
-fails when one of them goes away or changes its meaning. Nothing is copied: these functions read
-and set attributes, and call methods, of pools that poolkeeper made.
+fails when one of them goes away or changes its meaning. In the hands of users the import fails
+then, and says so: nothing shall fail later. Nothing is copied: these functions read and set
+attributes, and call methods, of pools that poolkeeper made.
 """
 # The point of this module.
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
@@ -17,9 +18,73 @@ from typing import Any, Protocol, TypeAlias
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
-from psycopg_pool._acompat import AEvent
-from psycopg_pool.pool_async import AddConnection
 from typing_extensions import TypeVar, override
+
+from .errors import MissingDependencyError, see
+
+NEEDED = (
+    "_CONNECTIONS_ERRORS", "_CONNECTIONS_LOST", "_CONNECTIONS_MS", "_CONNECTIONS_NUM",
+    "_REQUESTS_ERRORS", "_REQUESTS_NUM", "_REQUESTS_QUEUED", "_REQUESTS_WAIT_MS", "_RETURNS_BAD",
+    "_USAGE_MS", "_add_to_pool", "_check_pool_putconn", "_check_size", "_close_connection",
+    "_closed", "_drained_at", "_growing", "_max_size", "_maybe_grow_pool", "_min_size", "_nconns",
+    "_nconns_min", "_pool", "_resolve_conninfo", "_resolve_kwargs", "_return_connection",
+    "_sched_runner", "_set_connection_expiry_date", "_start_workers", "_stats", "_waiting",
+    "_workers", "check", "closed", "drain", "get_stats", "max_size", "min_size", "open",
+    "pop_stats", "reconnect_failed", "run_task",
+)  # fmt: skip
+"""What poolkeeper needs of a pool that is not open."""
+
+SET_BY = {"_open": ("_sched",), "_set_connection_expiry_date": ("_created_at", "_expire_at")}
+"""What it needs besides, by the method of the pool that sets it."""
+
+
+def _cannot_work(lacks: str) -> MissingDependencyError:
+    from importlib.metadata import PackageNotFoundError, version  # only now: it takes time
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "(not installed as a package)"
+
+    return MissingDependencyError(
+        f"poolkeeper {of('poolkeeper')} does not work with psycopg_pool {of('psycopg-pool')}",
+        detail=f"It needs what that version does not have: {lacks}.",
+        hint="Install a newer poolkeeper, or a psycopg_pool that this one was tried with:"
+        f' pip install "psycopg-pool>=3.3.2,<3.4". {see("missingdependencyerror")}',
+    )
+
+
+def require() -> None:
+    """
+    Raise if psycopg_pool lacks anything that poolkeeper needs.
+
+    Raises:
+        MissingDependencyError: With both versions, and what to install.
+    """
+    try:
+        specimen = AsyncConnectionPool(open=False, name="poolkeeper")
+        scheduler = AsyncScheduler()
+    except Exception as ex:
+        raise _cannot_work(f"a constructor that takes what it did ({ex})") from ex
+    lacks = [name for name in NEEDED if not hasattr(specimen, name)]
+    for method, names in SET_BY.items():
+        code = getattr(getattr(specimen, method, None), "__code__", None)
+        lacks += [name for name in names if code is None or name not in code.co_names]
+    if not hasattr(scheduler, "_event"):
+        lacks.append("AsyncScheduler._event")
+    if lacks:
+        raise _cannot_work(", ".join(lacks))
+
+
+try:
+    from psycopg_pool._acompat import AEvent
+    from psycopg_pool.pool_async import AddConnection
+    from psycopg_pool.sched_async import AsyncScheduler
+except ImportError as ex:
+    raise _cannot_work(str(ex)) from ex
+
+require()
 
 ACT = TypeVar("ACT", bound="AsyncConnection[Any]", default="AsyncConnection[TupleRow]")
 AnyPool: TypeAlias = "AsyncConnectionPool[Any]"

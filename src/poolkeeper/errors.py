@@ -13,7 +13,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psycopg
-import psycopg_pool
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 from typing_extensions import override
 
 from . import _facts
@@ -102,19 +102,19 @@ class LoopMismatchError(PoolkeeperError, RuntimeError):
     """
 
 
-class NotOpenError(PoolkeeperError, psycopg_pool.PoolClosed):
+class NotOpenError(PoolkeeperError, PoolClosed):
     """The pool was used before it was opened."""
 
 
-class ClosedError(PoolkeeperError, psycopg_pool.PoolClosed):
+class ClosedError(PoolkeeperError, PoolClosed):
     """The pool was used after it was closed, or was closed while the caller waited."""
 
 
-class OpenError(PoolkeeperError, psycopg_pool.PoolTimeout):
+class OpenError(PoolkeeperError, PoolTimeout):
     """
     The pool could not be opened; ``__cause__`` is the server's own reason where it gave one.
 
-    Also a `psycopg_pool.PoolTimeout`, which is what ``wait()`` and ``open(wait=True)`` of a bare
+    Also a `PoolTimeout`, which is what ``wait()`` and ``open(wait=True)`` of a bare
     pool raise, and a `psycopg.OperationalError`, as that is.
     """
 
@@ -122,7 +122,7 @@ class OpenError(PoolkeeperError, psycopg_pool.PoolTimeout):
     """Why, for strangers: what kind of reason it is, without host, port, user or database."""
 
 
-class AcquireTimeout(PoolkeeperError, psycopg_pool.PoolTimeout):
+class AcquireTimeout(PoolkeeperError, PoolTimeout):
     """No connection became free in time; ``__cause__`` is the last connect failure, if any."""
 
     diagnosis: _facts.Diagnosis | None
@@ -199,7 +199,7 @@ class SelfDeadlockError(AcquireTimeout):
     """
 
 
-class TooManyWaitersError(PoolkeeperError, psycopg_pool.TooManyRequests):
+class TooManyWaitersError(PoolkeeperError, TooManyRequests):
     """``max_waiting`` tasks are waiting for a connection already."""
 
 
@@ -208,7 +208,11 @@ class ReleasedConnectionError(PoolkeeperError, psycopg.InterfaceError):
 
 
 class MissingDependencyError(PoolkeeperError, ImportError):
-    """An optional dependency is not installed. Names the extra that installs it."""
+    """
+    A dependency is not installed, or not in a version that works. Names what to install.
+
+    An extra, for what is optional; for psycopg_pool both versions, when poolkeeper is imported.
+    """
 
 
 class UnclosedManagerWarning(ResourceWarning):
