@@ -95,6 +95,7 @@ async def settings(visit: Visit) -> None:
             await conn.execute(statement)
         if visit.discards:
             await conn.execute("set statement_timeout = '99s'")
+            await conn.execute("set role stranger")
 
 
 @mess
@@ -153,6 +154,15 @@ async def unread_stream(visit: Visit) -> None:
         rows = conn.cursor().stream(MINE, (visit.token, 5000))
         later(rows.aclose)
         require(await anext(rows) == (visit.token, 1), "the first row of a stream")
+
+
+@mess
+async def left_stream(visit: Visit) -> None:
+    """Leave a stream, and the block, as soon as there is a row."""
+    async with visit.db.connection() as conn:
+        async for row in conn.cursor().stream(MINE, (visit.token, 5000)):
+            require(row == (visit.token, 1), "the first row of a stream")
+            break
 
 
 @mess

@@ -152,10 +152,12 @@ class Soak:
             admin.execute("drop table if exists accounts, transfers, copied")
             Money.set_up(admin)
             admin.execute("create table copied (token text, i int)")
-            for name in SIZES:
+            for name in ("stranger", *SIZES):
                 if not admin.execute("select from pg_roles where rolname = %s", (name,)).rowcount:
                     admin.execute(f"create role {name} login")
                 admin.execute(f"grant all on all tables in schema public to {name}")
+                if name in SIZES:
+                    admin.execute(f"grant stranger to {name}")
 
     async def _era(self) -> None:
         loop = asyncio.get_running_loop()
