@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import islice, takewhile
 from time import monotonic
 from types import CodeType, FrameType
 from typing import Any, TypeAlias
@@ -127,6 +127,13 @@ class Line(OrderedDict["Waiter", None]):
         """Let *waiter* join at the end."""
         self[waiter] = None
         self.tasks[waiter.task] = waiter
+
+    def rejoin(self, waiter: Waiter) -> None:
+        """Let *waiter*, which was handed a connection that is no good, have its place again."""
+        before = list(takewhile(lambda other: other.since < waiter.since, self))
+        self.append(waiter)
+        for one in (waiter, *reversed(before)):
+            self.move_to_end(one, last=False)
 
     def popleft(self) -> Waiter:
         """Take the one who waited longest, to be served."""

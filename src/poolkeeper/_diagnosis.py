@@ -197,7 +197,31 @@ def _stalled(s: PoolSnapshot) -> Finding | None:
     )
 
 
-_FIRST: tuple[Callable[[PoolSnapshot], Finding | None], ...] = (_self_deadlock, _server, _stalled)
+def _check_refuses(s: PoolSnapshot) -> Finding | None:
+    if not s.checks_refused or s.check_failing_seconds * 2 < s.waited_seconds:
+        return None
+    if s.check_error_seconds > max(s.waited_seconds, HELD_LONG):
+        return None  # nobody has asked it since
+    at = f" at {s.check_site}" if s.check_site else ""
+    return Finding(
+        "check-refuses",
+        f"the check callback refuses the connections: {s.check_error}",
+        (
+            f"The check callback{at} has refused {_number(s.checks_refused, 'connection')} in a"
+            f" row, in {s.check_failing_seconds:.1f} s; the last {s.check_error_seconds:.1f} s ago:"
+            f" {s.check_error}.",
+        ),
+        "Correct the callback, or what it finds: a connection that works and is refused is offered"
+        " again.",
+    )
+
+
+_FIRST: tuple[Callable[[PoolSnapshot], Finding | None], ...] = (
+    _self_deadlock,
+    _server,
+    _check_refuses,
+    _stalled,
+)
 
 
 # --- what connections are held for --------------------------------------------------------------
@@ -324,7 +348,8 @@ def _held_up(s: PoolSnapshot) -> Finding | None:
     # What usually takes no time has taken long when it took half of the wait.
     long = min(HELD_LONG, max(STALL, s.waited_seconds / 2)) + s.stalled_seconds
     rows = [row for row in s.steps if row.number != "making" and row.seconds >= long]
-    if not rows or not _is_full(s) or not _is_most(len(rows), s):
+    # Who waits in vain beside idle ones was handed one, and was not to have it unchecked.
+    if not rows or not ((s.idle and s.waited_seconds) or (_is_full(s) and _is_most(len(rows), s))):
         return None
     return Finding(
         "held-up",

@@ -33,10 +33,11 @@ from psycopg import AsyncConnection, pq
 from psycopg.rows import TupleRow
 from typing_extensions import TypeVar, override
 
-from . import _attempt, _cleaning, _compat, _facts
+from . import _attempt, _checking, _cleaning, _compat, _facts
 from ._attempt import Failure
 from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
+from ._checking import Checks
 from ._checkouts import Checkout, Holder, Ledger, Line, LineClock, SlowCallbacks, Waiter
 from ._cleaning import Cleaner
 from ._connection import (
@@ -95,9 +96,6 @@ FRESH = 0.001
 
 ASKED = 0.25
 """Seconds that an acquire without a timeout waits for an idle connection that is being asked."""
-
-PROBE_TIMEOUT = 2.0
-"""Seconds that the server has to answer on a connection that is suspected to be dead."""
 
 STORM = 5.0
 """Seconds in which time-outs of one pool count as one storm, which is logged once."""
@@ -175,6 +173,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._cleaner = Cleaner(
             self.name, self._user_configure, self._user_reset == "discard", self._between.now
         )
+        self._checks = Checks(self, self._between)
         self._openers: set[asyncio.Future[BaseException | None]] = set()
         self._returning: set[asyncio.Task[None]] = set()
         self._prepared = 0
@@ -305,6 +304,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 "failing_seconds": now - connector.failing_since if failure else 0.0,
                 "next_attempt_seconds": connector.next_attempt_seconds,
                 "stalled_by": self._slow_callbacks.last if self._slow_callbacks else "",
+                **self._checks.facts(now),
             },
             note_held(held, self._line.tasks, gave_up),
             note_waiting(self._line.first(100)),
@@ -794,9 +794,11 @@ class BoundPool(_compat.TellingPool[ACT]):
         """Acquire a connection when `take()` had none."""
         if timeout is None:
             timeout = self.timeout
-        deadline = monotonic() + timeout
+        began = monotonic()
+        deadline = began + timeout
         code = frame.f_code
-        pause = 0.0
+        joined = 0.0
+        refused = 0
         while True:
             if self._state is not _OPEN:
                 self._check_usable("acquire a connection")
@@ -806,28 +808,39 @@ class BoundPool(_compat.TellingPool[ACT]):
                 conn = idle.popleft()
                 _compat.note_idle_low(self, len(idle))
             else:
-                conn = await self._wait_in_line(timeout, deadline, code, lineno)
+                conn = await self._wait_in_line(timeout, deadline, code, lineno, joined)
+            joined = began
             session: Session = conn._session
             now = monotonic()
             fresh = now - session.heard_at <= FRESH
-            if fresh or session.is_quiet() or await self._answers(conn):
+            if fresh or session.is_quiet() or await self._answers(conn, deadline):
                 session.heard_at = now
-                if self._user_check is None or await self._passes(self._user_check, conn):
+                check = self._user_check
+                if check is None or await self._checks.pass_check(check, conn, refused).found_good(
+                    deadline
+                ):
                     self._between.end(session)
                     return self._check_out(conn, session, frame, lineno, structured, now)
-                if monotonic() >= deadline:
-                    raise self._acquire_timeout(timeout)
-                if session.pgconn.status != BAD:
-                    # A broken one is replaced, so there is an end to them. One that works and
-                    # fails the user's check comes back: do not spin on it.
-                    pause = min(max(0.01, pause * 2), 0.25)
-                    await asyncio.sleep(pause)
+                refused += 1
+                if (now := monotonic()) >= deadline:
+                    _compat.count(self, self._REQUESTS_ERRORS)
+                    raise self._acquire_timeout(timeout, now - began)
 
     async def _wait_in_line(
-        self, timeout: float, deadline: float, code: CodeType, lineno: int
+        self, timeout: float, deadline: float, code: CodeType, lineno: int, joined: float
     ) -> Any:
+        """
+        Wait until a connection is handed over.
+
+        Args:
+            timeout: Seconds that the task was to wait.
+            deadline: Until when.
+            code: Where it asks.
+            lineno: At which line of it.
+            joined: When it joined, if it was handed one that is no good; 0.0 if it joins now.
+        """
         line = self._line
-        if self.max_waiting and len(line) >= self.max_waiting:
+        if self.max_waiting and len(line) >= self.max_waiting and not joined:
             _compat.count(self, self._REQUESTS_ERRORS)
             raise TooManyWaitersError(
                 f'cannot wait for a connection from pool "{self.name}":'
@@ -836,16 +849,20 @@ class BoundPool(_compat.TellingPool[ACT]):
                 hint=f"Let the caller try again later. {see('too-many-waiters')}",
             )
         comes_back = self._asked_idle > len(line)  # what a readiness probe has taken, say
-        remaining = deadline - monotonic()
-        if remaining <= 0 and comes_back:
-            deadline = monotonic() + ASKED
-        elif remaining <= 0:
+        now = monotonic()
+        if deadline <= now and comes_back:
+            deadline = now + ASKED
+        elif deadline <= now:
             _compat.count(self, self._REQUESTS_ERRORS)
-            raise self._acquire_timeout(timeout)
+            raise self._acquire_timeout(timeout, now - joined if joined else None)
         waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
         if self._ledger.completes_deadlock(waiter.task, line, self.max_size, timeout):
             waiter.suspected = waiter.since
-        line.append(waiter)
+        if joined:
+            waiter.since = joined
+            line.rejoin(waiter)
+        else:
+            line.append(waiter)
         self._requests_queued += 1
         if not comes_back and (_compat.total(self) < self.max_size or self._connector.wanted):
             self._help_growth()
@@ -864,7 +881,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             raise
         finally:
             self._clock.forget(waiter)
-            self._wait_seconds += monotonic() - waiter.since
+            self._wait_seconds += monotonic() - now
         if self._state is not _OPEN and self._state is not _OPENING:
             conn.pgconn.finish()
             raise self._closed_error()
@@ -915,7 +932,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if waited is None:
             waited = max(0.0, timeout)
         error = AcquireTimeout.told_later(partial(moment.account, timeout, waited))
-        cause = self._connector.last_error
+        cause = self._connector.last_error or self._checks.refusals.error
         if cause is not None:
             error.__cause__ = cause.with_traceback(None)
         if now - self._last_storm > STORM:
@@ -940,7 +957,7 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     # --- liveness -------------------------------------------------------------------------
 
-    async def _answers(self, conn: Any) -> bool:
+    async def _answers(self, conn: Any, deadline: float) -> bool:
         """
         Tell whether a connection that is not quiet works; if not, replace all that are dead.
 
@@ -950,62 +967,14 @@ class BoundPool(_compat.TellingPool[ACT]):
         if _was_ended(conn):
             self._replace_dead([conn])
             return False
-        verdict = self._start_asking(conn)
-        try:
-            answers = await verdict
-        except BaseException:
-            if verdict.done() and not verdict.cancelled() and verdict.result():
-                # Cancelled in the same turn of the loop in which the server answered.
-                self._start_put_back(conn, from_getconn=True)
-            raise
-        if not answers:
-            self._replace_dead([])
-        return answers
-
-    def _start_asking(self, conn: Any) -> asyncio.Future[bool]:
-        self._between.begin(conn._session, "checking", "asked whether it still works")
-        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.start_own_task(partial(self._ask, conn, verdict)).add_done_callback(
-            partial(self._asked, conn, verdict)
-        )
-        return verdict
-
-    async def _ask(self, conn: Any, verdict: asyncio.Future[bool]) -> None:
-        """
-        Spend a round trip to find out whether the server answers on *conn*.
-
-        In a task of its own, which takes the connection back where it is of no use, or the
-        caller was cancelled: psycopg would ask the silent server to stop, and wait for it.
-        """
-        # Shut down, the socket reads as closed by the server.
-        timer = asyncio.get_running_loop().call_later(PROBE_TIMEOUT, shut_down, conn.pgconn)
-        answers = False
-        try:
-            await _cleaning.ask(conn)
-            # The pool may be closing by now, or may have been closed and opened anew.
-            answers = self._state in (_OPEN, _OPENING) and not conn.closed
-            # Nobody has it, so no borrower has changed what is reported.
-            answers = answers and self._failover.accept(conn)
-        except Exception as ex:
-            logger.info('a connection of pool "%s" does not answer: %s', self.name, in_words(ex))
-        finally:
-            timer.cancel()
-            if answers and not verdict.done():
-                verdict.set_result(True)
-            else:
-                self._start_put_back(conn, from_getconn=True)
-                if not verdict.done():
-                    verdict.set_result(False)
-
-    def _asked(self, conn: Any, verdict: asyncio.Future[bool], task: asyncio.Task[None]) -> None:
-        if task.cancelled() and not verdict.done():
-            # Somebody cancelled every task there is, this one before it began.
-            self._start_put_back(conn, from_getconn=True)
-            verdict.set_result(False)
+        if await self._checks.ask(conn).found_good(deadline):
+            return True
+        self._replace_dead([])
+        return False
 
     def _check_idle(self, conn: Any) -> asyncio.Future[bool]:
         """Ask the server whether *conn*, which was idle, works; keep it or replace it."""
-        verdict = self._start_asking(conn)
+        verdict = self._checks.ask(conn).verdict
         verdict.add_done_callback(partial(self._checked, conn))
         self._asked_idle += 1
         return verdict
@@ -1066,32 +1035,33 @@ class BoundPool(_compat.TellingPool[ACT]):
         for _ in dead:
             _compat.replace_lost(self, found_idle=True)
 
-    async def _passes(self, check: ConnectionCallback, conn: Any) -> bool:
-        """Tell whether *check* accepts an idle connection; take it back, if it does not."""
-        self._between.begin(conn._session, "checking", "in the check callback", check)
-        try:
-            await check(conn)
-            same = conn.closed or conn._session.same_kind or await _cleaning.has_set_read_only(conn)
-        except Exception as ex:
-            why = raised_by("the check callback", ex)
-            logger.info('a connection of pool "%s" failed its check: %s', self.name, why)
-        except BaseException:
-            self._take_back_checked(conn)
-            raise
-        else:
-            # The pool may be closing by now, or may have been closed and opened anew.
-            lives = self._state in (_OPEN, _OPENING) and not conn.closed
-            if lives and (same or self._failover.accept(conn)):
-                return True
-        # Not its outcome: if close() ends it, that is no cancellation of whoever waits here.
-        await asyncio.wait({self._take_back_checked(conn)})
-        return False
+    def is_alive(self) -> bool:
+        """Tell whether a connection may be handed out."""
+        return self._state is _OPEN or self._state is _OPENING
 
-    def _take_back_checked(self, conn: Any) -> asyncio.Task[None]:
-        """Take a connection back from a check callback, which may have left it in autocommit."""
+    def is_right_server(self, conn: Any) -> bool:
+        """Tell whether *conn* is of the kind of server that it was; it is replaced if not."""
+        return self._failover.accept(conn)
+
+    def take_back_unused(self, conn: Any) -> None:
+        """Give a connection back that nobody has had; but `check` may have changed it."""
         if not isinstance(conn, RetiredConnection):
             conn = conn._session.successor(conn)
-        return self._start_put_back(conn, from_getconn=True)
+        self._start_put_back(conn, from_getconn=True)
+
+    def lose(self, conn: Any) -> None:
+        """End a connection that a task of the user's does not let go of, and replace it."""
+        session: Session = conn._session
+        retire(conn)
+        shut_down(session.pgconn)
+        self._replace(session)
+
+    def _replace(self, session: Session) -> None:
+        """Make a connection in place of *session*, which is gone; unless its life is over."""
+        if session in self._between:
+            self._between.end(session)
+            if not self.closed:
+                _compat.replace_lost(self)
 
     @property
     def sessions(self) -> Iterable[Session]:
@@ -1263,14 +1233,16 @@ class BoundPool(_compat.TellingPool[ACT]):
         _compat.set_owner(conn, None)
         last = remains(conn)
         retire(conn)
+        self._between.begin(session, "returning", "stopping the query of another task")
+        _compat.count(self, self._RETURNS_BAD)
         if session.pgconn.transaction_status == ACTIVE:
-            self.start_own_task(partial(_end_query, last))
+            # The server has it until the query ends: there shall not be one more meanwhile.
+            ending = self.start_own_task(partial(_end_query, last))
+            ending.add_done_callback(lambda _: self._replace(session))
         else:
             # Not closed: see _end_session().
             shut_down(session.pgconn)
-        _compat.count(self, self._RETURNS_BAD)
-        if not self.closed:
-            _compat.replace_lost(self)
+            self._replace(session)
         self._note_freed()
 
     def _give(self, conn: Any) -> None:
@@ -1317,7 +1289,9 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._between.now(session, "in a rollback")
         if roll_back and pgconn.transaction_status in (INTRANS, INERROR):
             # Shut down, the socket reads as closed by the server.
-            timer = asyncio.get_running_loop().call_later(PROBE_TIMEOUT, shut_down, pgconn)
+            timer = asyncio.get_running_loop().call_later(
+                _checking.PROBE_TIMEOUT, shut_down, pgconn
+            )
             try:
                 await conn.rollback()
             except Exception as ex:
@@ -1349,15 +1323,20 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._between.end(conn._session)
 
     def start_own_task(
-        self, work: Callable[[], Coroutine[Any, Any, None]], name: str = "release"
+        self,
+        work: Callable[[], Coroutine[Any, Any, None]],
+        name: str = "release",
+        callers_context: bool = False,
     ) -> asyncio.Task[None]:
         """
         Start *work* in a task that `close()` waits for.
 
         In the context of `open()`, as all tasks of the pool's own: what they call of the user's
-        (`configure`, `reset`) is to see nothing of the request that happens to be served.
+        (`configure`, `reset`) is to see nothing of the request that happens to be served. But
+        for `check`, which is called for a request.
         """
-        task = self._context.copy().run(
+        context = copy_context() if callers_context else self._context.copy()
+        task = context.run(
             asyncio.get_running_loop().create_task, run_own(work), name=f"{self.name}-{name}"
         )
         self._returning.add(task)

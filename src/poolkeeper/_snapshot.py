@@ -172,6 +172,21 @@ class PoolSnapshot:
     last_error: str | None = None
     """Why the last of them failed; None if none has failed since the last success."""
 
+    checks_refused: int = 0
+    """Connections that the `check` callback refused since it accepted one last."""
+
+    check_site: str = ""
+    """``file:line`` of the callback."""
+
+    check_error: str = ""
+    """Why it refused the last of them."""
+
+    check_error_seconds: float = 0.0
+    """Seconds since that."""
+
+    check_failing_seconds: float = 0.0
+    """Seconds since it refused the first of them."""
+
     last_error_advice: str = ""
     last_error_seconds: float = 0.0
     """Seconds since it failed."""

@@ -29,7 +29,7 @@ from poolkeeper import (
     SelfDeadlockError,
     _cleaning,
 )
-from poolkeeper import _pool as pool_module
+from poolkeeper import _checking as checking_module
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._health import Question
 from tests.support.programs import run_program
@@ -609,7 +609,7 @@ async def test_a_free_connection_to_a_silent_server_is_the_pools_to_replace(
 ) -> None:
     """And that is all: nobody waits for the answer of another one."""
     db = await make(proxy.dsn, min_size=2)
-    monkeypatch.setattr(pool_module, "PROBE_TIMEOUT", 0.5)
+    monkeypatch.setattr(checking_module, "PROBE_TIMEOUT", 0.5)
     _, second = db.pool._pool
     proxy.stall()
     with at_once():
@@ -628,7 +628,7 @@ async def test_who_waits_longer_than_a_free_connection_takes_to_be_given_up_is_a
     make: Any, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db = await make(proxy.dsn)
-    monkeypatch.setattr(pool_module, "PROBE_TIMEOUT", 0.2)
+    monkeypatch.setattr(checking_module, "PROBE_TIMEOUT", 0.2)
     async with db.connection() as conn:
         pid = conn.pgconn.backend_pid
     proxy.stall()

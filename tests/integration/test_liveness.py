@@ -13,6 +13,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
+from poolkeeper import _checking as checking_module
 from poolkeeper import _pool as pool_module
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.proxy import FaultProxy
@@ -285,7 +286,7 @@ async def test_an_acquire_of_a_quiet_connection_sends_nothing(make: Any) -> None
 async def test_a_suspect_that_stays_silent_is_given_up_in_bounded_time(
     dsn: str, proxy: FaultProxy, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(checking_module, "PROBE_TIMEOUT", 0.3)
     # The first session goes through the proxy; the one that takes its place does not.
     targets = iter([proxy.dsn])
     db = await listening(make, [], conninfo=lambda: next(targets, dsn))
@@ -303,7 +304,7 @@ async def test_a_suspect_that_stays_silent_is_given_up_in_bounded_time(
 async def test_a_cancelled_acquire_does_not_wait_for_a_silent_suspect_for_long(
     dsn: str, proxy: FaultProxy, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PROBE_TIMEOUT", 0.5)
+    monkeypatch.setattr(checking_module, "PROBE_TIMEOUT", 0.5)
     targets = iter([proxy.dsn])
     db = await listening(make, [], conninfo=lambda: next(targets, dsn))
     await notify(dsn, db, "x")

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from poolkeeper import AcquireTimeout, PoolManager
-from poolkeeper import _pool as pool_module
+from poolkeeper import _checking as checking_module
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._recovery import Connector
 from tests.support.proxy import FaultProxy
@@ -626,7 +626,7 @@ async def test_a_check_of_the_pool_that_is_cancelled_loses_no_connection(
 async def test_a_check_of_the_pool_gives_a_silent_server_up(
     dsn: str, proxy: FaultProxy, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(checking_module, "PROBE_TIMEOUT", 0.3)
     targets = iter([proxy.dsn] * 4)
     db = await make(lambda: next(targets, dsn), min_size=4, max_size=4)
     proxy.stall()
