@@ -1353,6 +1353,13 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     async def _clean(self, conn: Any) -> None:
         """Undo on the server what the borrower left; psycopg_pool calls this after rollback."""
+        try:
+            await self._put_in_order(conn)
+        except Exception as ex:
+            # It writes what it is told into its log, as it is.
+            raise psycopg.OperationalError(in_words(ex)) from ex
+
+    async def _put_in_order(self, conn: Any) -> None:
         session: Session = conn._session
         if session.unlocked is not None:
             _set_done(session.unlocked)

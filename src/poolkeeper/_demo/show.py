@@ -24,6 +24,7 @@ from psycopg.conninfo import make_conninfo
 
 from poolkeeper import PoolkeeperError, PoolManager, __version__
 from poolkeeper._conninfo import normalise
+from poolkeeper._words import in_words
 
 from . import app, programs
 from .catalogue import MISTAKES, SKIPPED, Case, span
@@ -195,7 +196,7 @@ def _place(narrator: Narrator, dsn: str | None) -> Generator[Place, None, None]:
         except PoolkeeperError:
             raise
         except psycopg.Error as error:
-            raise CannotShow(f"cannot make a schema for the demo: {error}") from error
+            raise CannotShow(f"cannot make a schema for the demo: {in_words(error)}") from error
         cleanup.callback(_drop_schema, dsn, schema)
         narrator.line(f"PostgreSQL {version}, schema {schema}, dropped at the end.")
         yield Place(dsn, schema, role, version)
