@@ -335,9 +335,9 @@ def is_expired(pool: AnyPool, conn: AnyConnection, now: float) -> bool:
     return conn._expire_at <= now or conn._created_at <= pool._drained_at
 
 
-def expire(conn: AnyConnection) -> None:
-    """Let *conn* be replaced when it comes back."""
-    conn._expire_at = 0.0
+def expire(conn: AnyConnection, template: dict[str, Any]) -> None:
+    """Let *conn*, and what is made of its *template* in its place, be replaced on its return."""
+    conn._expire_at = template["_expire_at"] = 0.0
 
 
 async def put_back(pool: AnyPool, conn: AnyConnection, *, from_getconn: bool = False) -> None:

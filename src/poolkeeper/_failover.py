@@ -89,7 +89,7 @@ class Failover:
         alone = not mine.in_question
         if not mine.accept_parameters() or (alone and not self._may_act()):
             return True
-        _compat.expire(conn)
+        _compat.expire(conn, mine.template)
         if alone:
             logger.warning(
                 'pool "%s": a server has become another kind of server (%s): sessions there are'

@@ -101,6 +101,7 @@ async def test_after_a_switchover_writes_go_to_the_new_primary_only(
     async with writers.at_work():
         await writers.serve_after(0.0)
         await asyncio.to_thread(servers.freeze)
+        await asyncio.sleep(0.5)  # what was under way may still be written
         written = rows(servers.primary)
         await asyncio.to_thread(servers.standby.promote)
         assert await writers.serve_after(time.monotonic()) < SOON
