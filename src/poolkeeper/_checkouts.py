@@ -207,6 +207,9 @@ class LineClock:
     STALL = 0.1
     """Seconds of delay from which the loop is said to have stood still."""
 
+    BLOCKED = 0.25
+    """Seconds of delay from which that is one call's doing, and not that of many short ones."""
+
     MOST_GRACE = 1.0
     """Seconds that a waiter is given after its time, and after the stall, at most."""
 
@@ -362,8 +365,12 @@ class LineClock:
 
 
 def stalled_seconds(stalls: Iterable[tuple[float, float]], since: float, until: float) -> float:
-    """Return for how much of the time from *since* to *until* the loop stood still."""
-    return sum(max(0.0, min(when, until) - max(when - seconds, since)) for when, seconds in stalls)
+    """Return for how much of the time from *since* to *until* something blocked the loop."""
+    return sum(
+        max(0.0, min(when, until) - max(when - seconds, since))
+        for when, seconds in stalls
+        if seconds >= LineClock.BLOCKED
+    )
 
 
 class SlowCallbacks(logging.Filter):

@@ -31,6 +31,9 @@ HELD_LONG = 1.0
 STALL = 0.25
 """Seconds that the loop must stand still to be named as a cause."""
 
+TELLING = 0.25
+"""Seconds of a wait from which the load meanwhile says something."""
+
 PROBED = 3.0
 """Seconds after a failed attempt in which the server is still known to fail."""
 
@@ -384,6 +387,8 @@ def _too_small(s: PoolSnapshot) -> Finding | None:
     load = s.load
     if not _is_full(s) or not load.released or load.window_seconds < 0.5:
         return None
+    if s.waited_seconds < TELLING:
+        return None  # the load of so short a time is that of before
     # Little's law: connections in use = arrivals per second x seconds that each is held. Those
     # who wait, and those who did so in vain, have arrived too.
     arrivals = (load.acquires + load.gave_up + s.waiting) / load.window_seconds

@@ -204,7 +204,7 @@ class PoolSnapshot:
     """
 
     stalled_seconds: float = 0.0
-    """For how much of that time the owner loop did not run."""
+    """For how much of that time something blocked the owner loop."""
 
     stalled_by: str = ""
     """What ran meanwhile, where asyncio's debug mode knows."""

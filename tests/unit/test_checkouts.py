@@ -547,7 +547,8 @@ async def test_stalls_are_remembered(queue: Queue) -> None:
 def test_only_the_part_of_a_stall_that_lay_in_a_wait_counts(
     since: float, until: float, seconds: float
 ) -> None:
-    stalls = ((10.0, 2.0), (20.0, 3.0))  # from 8 to 10, from 17 to 20
+    # From 8 to 10, from 17 to 20; and a loop that is only busy.
+    stalls = ((9.0, 0.2), (10.0, 2.0), (14.0, 0.24), (20.0, 3.0))
     assert _checkouts.stalled_seconds(stalls, since, until) == seconds
 
 

@@ -140,6 +140,7 @@ CASES: list[tuple[str, PoolSnapshot, list[str]]] = [
         full(
             row(held_seconds=0.05, query_seconds=0.04),
             row(held_seconds=0.04, query_seconds=0.04),
+            waited_seconds=1.0,
             load=LoadRow(10.0, acquires=1999, released=1990, held_seconds=99.5, query_seconds=90.0),
         ),
         ["max_size=2 is too small", "200 acquires came per second", "50.0 ms", "90 %", "to 12"],
@@ -305,6 +306,10 @@ UNSEEN: dict[str, CauseAndSnapshot] = {
             load=LoadRow(5.0, 16, released=15, held_seconds=4.2, query_seconds=4.0),
         ),
     ),
+    "asked before a wait that was short": (
+        "too-small",
+        full(row(**SHORT), waited_seconds=0.1, load=LoadRow(1.0, 16, 15, 4.8, 4.0, gave_up=9)),
+    ),
     "nothing is being made": ("growing", room()),
     "one is free": ("growing", replace(room(connecting=1), idle=1, total=1)),
 }
@@ -409,7 +414,7 @@ def test_whatever_is_named_is_seen(
             lambda r: r.used_share < 0.2 and (lasted(r.held_seconds) or r.suspected_leak)
         ),
         "slow-queries": are_most(lambda r: "running" in r.status and lasted(r.status_seconds)),
-        "too-small": full and load.released > 0,
+        "too-small": full and load.released > 0 and waited >= 0.25,
         "growing": total < most and not free and connecting > 0 and error is None,
         "all-in-use": full,
         "unknown": not full,
