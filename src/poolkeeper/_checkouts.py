@@ -436,6 +436,8 @@ class Checkout:
         "busy_since",
         "changed_at",
         "code",
+        "failed_later",
+        "left_in",
         "lineno",
         "name",
         "reported",
@@ -467,6 +469,10 @@ class Checkout:
         """Seconds spent in queries; when the one that runs now began, 0.0 if none does."""
         self.used = self.reported = False
         """True once anything was asked of the server; once it was logged as a suspected leak."""
+        self.left_in = 0
+        """libpq's transaction status when it was last known; 0: no transaction is open."""
+        self.failed_later = False
+        """True if the transaction has failed, and not by the first thing that was asked in it."""
         self.stack: traceback.StackSummary | None = None
         self.name = ""
         """Name of the task, once the connection was given back."""

@@ -75,7 +75,7 @@ class Cleaner:
         doubt = session.in_doubt and READ_ONLY not in session.configured
         if self._discards:
             self._step(session, "in DISCARD ALL")
-            await _run(conn, [b"DISCARD ALL"])
+            await run(conn, [b"DISCARD ALL"])
             session.forget_prepared(conn)
             refuses_writes = doubt and not await takes_writes(conn)
         elif changed or doubt:
@@ -143,7 +143,7 @@ async def _put_settings_back(
             statements.append(b"SELECT set_config('%b', %b, false)" % (name, bytes(literal(was))))
     if doubt:
         statements.append(_TAKES_NO_WRITES)
-    results = await _run(conn, statements) if statements else []
+    results = await run(conn, statements) if statements else []
     return doubt and results[-1].get_value(0, 0) == b"t"
 
 
@@ -161,7 +161,7 @@ async def note_configured(conn: BoundConnection) -> None:
 
 async def takes_writes(conn: BoundConnection) -> bool:
     """Ask the server whether it takes writes, where a transaction does not say otherwise."""
-    (result,) = await _run(conn, [_TAKES_NO_WRITES])
+    (result,) = await run(conn, [_TAKES_NO_WRITES])
     return bool(result.get_value(0, 0) == b"f")
 
 
@@ -171,16 +171,16 @@ async def has_set_read_only(conn: BoundConnection) -> bool:
 
 
 async def _set_by_session(conn: BoundConnection) -> set[bytes]:
-    (result,) = await _run(conn, [b"SELECT name FROM pg_settings WHERE source = 'session'"])
+    (result,) = await run(conn, [b"SELECT name FROM pg_settings WHERE source = 'session'"])
     return {result.get_value(row, 0) for row in range(result.ntuples)}
 
 
 async def ask(conn: BoundConnection) -> None:
     """Run an empty query: raise if the server does not answer."""
-    await _run(conn, [b""])
+    await run(conn, [b""])
 
 
-async def _run(conn: BoundConnection, statements: list[bytes]) -> list[Any]:
+async def run(conn: BoundConnection, statements: list[bytes]) -> list[Any]:
     """Run *statements* outside of any transaction block, all in one round trip."""
     async with conn.lock:
         return await conn.wait(_execute(conn.pgconn, b"; ".join(statements)))

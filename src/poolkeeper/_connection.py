@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 IDLE = pq.TransactionStatus.IDLE
 ACTIVE = pq.TransactionStatus.ACTIVE
+INERROR = pq.TransactionStatus.INERROR
 UNKNOWN = pq.TransactionStatus.UNKNOWN
 BAD = pq.ConnStatus.BAD
 NO_PIPELINE = pq.PipelineStatus.OFF
@@ -207,6 +208,10 @@ class BoundConnection(AsyncConnection[Any]):
                 # Taken away meanwhile, and the loop watches its socket no more. What is under
                 # way shall see that it is closed, and end with the error that it has.
                 pgconn.finish()
+            status = pgconn.transaction_status
+            if status != checkout.left_in and status != UNKNOWN:
+                checkout.failed_later = status == INERROR and checkout.left_in != IDLE
+                checkout.left_in = status
             checkout.changed_at = self._session.heard_at = now = monotonic()
             checkout.busy_seconds += now - began
             checkout.busy_since = 0.0

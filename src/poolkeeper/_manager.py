@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
-from . import _conninfo, _facts, _health
+from . import _conninfo, _facts, _health, _lost_work
 from ._binding import beginning
 from ._connection import check_class
 from ._pool import BoundPool, CheckoutContext, State
@@ -667,8 +667,12 @@ async def _transaction(
             await conn.set_read_only(read_only)
         if deferrable is not None:
             await conn.set_deferrable(deferrable)
+        failed = False
         async with conn.transaction():
             yield conn
+            failed = _lost_work.has_failed(conn)
+        if failed:  # so its COMMIT was a roll-back
+            _lost_work.warn_of_failed(conn._binding.name, conn._checkout)
 
 
 @asynccontextmanager

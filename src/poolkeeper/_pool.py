@@ -33,7 +33,7 @@ from psycopg import AsyncConnection, pq
 from psycopg.rows import TupleRow
 from typing_extensions import TypeVar, override
 
-from . import _attempt, _checking, _cleaning, _compat, _facts
+from . import _attempt, _checking, _cleaning, _compat, _facts, _lost_work
 from ._attempt import Failure
 from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
@@ -1141,10 +1141,14 @@ class BoundPool(_compat.TellingPool[ACT]):
             LoopMismatchError: If called on another loop than the one that opened the pool.
             ValueError: If it does not come from this pool.
         """
-        if (unlocking := self.release(cast(Any, conn), False)) is not None:
+        # On the way out with an error there is nothing to be told that the error does not tell.
+        failing = sys.exc_info()[1] is not None
+        if (unlocking := self.release(cast(Any, conn), failing, tells=not failing)) is not None:
             await asyncio.shield(unlocking)
 
-    def release(self, conn: Any, roll_back: bool) -> asyncio.Future[None] | None:
+    def release(
+        self, conn: Any, roll_back: bool, *, tells: bool = False
+    ) -> asyncio.Future[None] | None:
         """
         Give *conn* back: at once if it is clean, else in a task of the pool's own.
 
@@ -1154,6 +1158,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         Args:
             conn: What `take()` or `wait_for_connection()` gave.
             roll_back: True if its block has ended with an exception.
+            tells: True if a roll-back of what was written is to be told.
         """
         if _compat.owner(conn) is not self or isinstance(conn, RetiredConnection):
             if isinstance(conn, RevokedConnection):
@@ -1190,7 +1195,9 @@ class BoundPool(_compat.TellingPool[ACT]):
             return None
         session.returned = checkout
         part_from_pipeline(conn)
-        cleaning = self._start_put_back(fresh, roll_back=roll_back, cancelling=cancelling)
+        cleaning = self._start_put_back(
+            fresh, roll_back=roll_back, tells=checkout if tells else None, cancelling=cancelling
+        )
         if pgconn.transaction_status in (IDLE, UNKNOWN):
             return None
         session.unlocked = unlocked = loop.create_future()
@@ -1256,6 +1263,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         *,
         from_getconn: bool = False,
         roll_back: bool = False,
+        tells: Checkout | None = None,
         cancelling: set[object] | None = None,
     ) -> None:
         """
@@ -1265,6 +1273,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             conn: The handle for the next borrower.
             from_getconn: True if nobody had it yet.
             roll_back: True if its block has ended with an exception.
+            tells: Of whom is to be told that what he wrote was rolled back.
             cancelling: The requests to cancel that its last borrower has begun.
         """
         session: Session = conn._session
@@ -1287,13 +1296,18 @@ class BoundPool(_compat.TellingPool[ACT]):
             await conn.end_command()
         if pgconn.transaction_status in (INTRANS, INERROR):
             self._between.now(session, "in a rollback")
-        if roll_back and pgconn.transaction_status in (INTRANS, INERROR):
+        if (roll_back or tells) and pgconn.transaction_status in (INTRANS, INERROR):
             # Shut down, the socket reads as closed by the server.
             timer = asyncio.get_running_loop().call_later(
                 _checking.PROBE_TIMEOUT, shut_down, pgconn
             )
             try:
-                await conn.rollback()
+                if tells is None:
+                    await conn.rollback()
+                elif await _lost_work.roll_back(conn):
+                    _lost_work.warn_of_uncommitted(self.name, tells)
+                elif tells.failed_later:
+                    _lost_work.warn_of_failed(self.name, tells)
             except Exception as ex:
                 logger.warning('pool "%s": error ignored in rollback: %s', self.name, in_words(ex))
             finally:
@@ -1806,13 +1820,17 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                 # commit here, or roll back; that is part of the release, which nobody cancels.
                 if exc_type is not None:
                     roll_back = True
-                elif (
-                    conn.pgconn.transaction_status != IDLE or conn.is_in_block()
-                ) and not conn.closed:
+                elif conn.pgconn.transaction_status != IDLE or conn.is_in_block():
+                    if conn.closed:
+                        _lost_work.raise_if_lost(conn)
+                        return
                     if conn.lock.locked() and not await conn.may_go_on():
                         conn = conn._session.in_place_of(conn)
                         await conn.end_command(LEFT_OPEN)
+                    failed = _lost_work.has_failed(conn)
                     await conn.commit()
+                    if failed:  # so that was a roll-back
+                        _lost_work.warn_of_failed(pool.name, conn._checkout)
             elif isinstance(conn, RevokedConnection):
                 if exc_type is None and vars(conn).get("_lost_work"):
                     raise conn.refusal()
@@ -1820,7 +1838,12 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                 if exc_type is None and conn.lock.locked() and not await conn.may_go_on():
                     conn = conn._session.in_place_of(conn)
                     await conn.end_command(LEFT_OPEN)
+                lost, failed = conn.closed, _lost_work.has_failed(conn)
                 await conn.__aexit__(exc_type, exc, traceback)
+                if exc_type is None and lost:
+                    _lost_work.raise_if_lost(conn)
+                elif exc_type is None and failed:
+                    _lost_work.warn_of_failed(pool.name, conn._checkout)
         finally:
             unlocking = pool.release(conn, roll_back)
             if unlocking is not None:

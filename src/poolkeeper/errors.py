@@ -24,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DuplicatePoolWarning",
     "LoopMismatchError",
+    "LostWorkError",
     "MissingDependencyError",
     "NotOpenError",
     "OpenError",
@@ -205,6 +206,10 @@ class TooManyWaitersError(PoolkeeperError, TooManyRequests):
 
 class ReleasedConnectionError(PoolkeeperError, psycopg.InterfaceError):
     """A connection, or something made from it, was used or returned after it was given back."""
+
+
+class LostWorkError(PoolkeeperError, psycopg.OperationalError):
+    """A block has ended without an error, but its connection was lost with a transaction open."""
 
 
 class MissingDependencyError(PoolkeeperError, ImportError):

@@ -7,6 +7,7 @@ What differs from run to run is masked: lines, tasks, loops, threads, processes,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import pickle
@@ -28,6 +29,7 @@ from poolkeeper import (
     ConfigError,
     DuplicatePoolWarning,
     LoopMismatchError,
+    LostWorkError,
     MissingDependencyError,
     NotOpenError,
     OpenError,
@@ -284,6 +286,24 @@ async def test_released(make_manager: MakeManager) -> None:
         connection of pool "orders" was given back twice
         DETAIL:  Acquired in TASK at SITE. Given back again at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  The session may be another task's by now. Keep the work inside the "async with" block, acquire a connection of its own for work that outlives it, and give a connection back once. See DOCS#released
+        """,  # noqa: E501
+    )
+
+
+async def test_lost_work(make_manager: MakeManager) -> None:
+    db = make_manager(name="orders", min_size=1, max_size=1)
+    await db.open()
+    with pytest.raises(LostWorkError) as caught:
+        async with db.connection() as conn:
+            await conn.execute("create temporary table work (n int)")
+            with contextlib.suppress(psycopg.Error):
+                await conn.execute("select pg_terminate_backend(pg_backend_pid())")
+    assert_text(
+        caught.value,
+        """
+        a connection of pool "orders" was lost with a transaction open: its work is not committed
+        DETAIL:  Acquired in TASK at SITE. Its block has ended without an error.
+        HINT:  Let the error that told of the loss end the block, or do the work again. If it was lost in the middle of commit(), look whether it is there. See DOCS#lost-work
         """,  # noqa: E501
     )
 

@@ -1,0 +1,101 @@
+"""
+What to say of work that was not committed when its borrower gives the connection back.
+
+Not every transaction that is open has done any work: to warn of each one, as the bare pool does,
+is noise where most of them have read something. PostgreSQL knows which ones have written, and is
+asked in the same round trip as it is told to roll back.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psycopg
+from psycopg import pq
+
+from ._checkouts import Checkout
+from ._cleaning import run
+from ._connection import BoundConnection
+from .errors import LostWorkError, see
+
+logger = logging.getLogger("poolkeeper")
+
+ACTIVE = pq.TransactionStatus.ACTIVE
+INTRANS = pq.TransactionStatus.INTRANS
+INERROR = pq.TransactionStatus.INERROR
+
+
+def raise_if_lost(conn: Any) -> None:
+    """
+    Raise if *conn* was lost in the middle of a transaction, and its block ends all the same.
+
+    Not if its user has closed it, or has lost nothing by its end: the last that is known of it
+    is that all was committed, or that it may not write.
+
+    Raises:
+        LostWorkError: With the line where it was acquired.
+    """
+    checkout: Checkout = conn._checkout
+    left = checkout.left_in
+    if not conn.broken or conn.read_only:
+        return
+    if left == INTRANS or (left == ACTIVE and not conn.autocommit):
+        raise LostWorkError(
+            f'a connection of pool "{conn._binding.name}" was lost with a transaction open:'
+            " its work is not committed",
+            detail=f"Acquired {checkout}. Its block has ended without an error.",
+            hint="Let the error that told of the loss end the block, or do the work again. If it"
+            f" was lost in the middle of commit(), look whether it is there. {see('lost-work')}",
+        )
+    if left == INERROR and checkout.failed_later:
+        warn_of_failed(conn._binding.name, checkout)
+
+
+def has_failed(conn: Any) -> bool:
+    """Tell whether a transaction is open that has failed, after something was done in it."""
+    return (
+        not conn.closed
+        and conn.pgconn.transaction_status == INERROR
+        and conn._checkout.failed_later
+    )
+
+
+def warn_of_failed(name: str, checkout: Checkout) -> None:
+    """Log that a block has ended well although its transaction had failed."""
+    logger.warning(
+        'pool "%s": a transaction had failed, and its error was not passed on: what was done in it'
+        " before is rolled back. Acquired %s",
+        name,
+        checkout,
+    )
+
+
+async def roll_back(conn: BoundConnection) -> bool:
+    """
+    End the transaction of *conn*, and tell whether it may have written something.
+
+    True as well where the server is another one than PostgreSQL, and does not know.
+    """
+    status, wrote = conn.pgconn.transaction_status, False
+    if status == INTRANS:
+        try:
+            asked, _ = await run(
+                conn, [b"SELECT pg_catalog.txid_current_if_assigned() IS NOT NULL", b"ROLLBACK"]
+            )
+            wrote = asked.get_value(0, 0) == b"t"
+        except psycopg.Error:
+            wrote = True
+        conn._prepared.clear()  # as psycopg's rollback() does
+    await conn.rollback()  # nothing, if it is over
+    return wrote
+
+
+def warn_of_uncommitted(name: str, checkout: Checkout) -> None:
+    """Log that a connection was given back with work that was not committed."""
+    logger.warning(
+        'pool "%s": a connection was given back with work that is not committed: rolled back.'
+        " Acquired %s",
+        name,
+        checkout,
+    )
