@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +25,12 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager
-from poolkeeper._checkouts import Waiter
+from poolkeeper import AcquireTimeout, PoolManager
+from poolkeeper._checkouts import Checkout, Waiter
 from poolkeeper._connection import BoundConnection, Session
 
 from . import messes  # noqa: F401 - registers its kinds of work
-from .book import Book, Money, require
+from .book import Book, Money, Wrong, require
 from .clients import WORKS, Visit, configure, find_it_clean
 from .leftovers import Objects, Sample, descriptors, grows, growth, rss, tasks, whose
 from .monkey import Monkey
@@ -303,12 +304,11 @@ class Soak:
         until = time.monotonic() + self.patience
         for db in self._pools:
             while not _is_at_rest(db):
-                rows = [f"\n{row}" for row in db.snapshot().checkouts]
-                require(
-                    time.monotonic() < until,
-                    f"a pool has no rest: {db.diagnose()}{''.join(rows)}",
-                )
+                if time.monotonic() > until:
+                    rows = "".join(f"\n{row}" for row in db.snapshot().checkouts)
+                    raise Wrong(f"a pool has no rest: {db.diagnose()}{rows}\n{whose(Checkout)}")
                 await asyncio.sleep(0.02)
+                await _ask_for_all(db)
         for db in self._pools:
             visit = Visit("look", db, db.name == "tidy", self._random, self.book, time.monotonic())
             conns: list[AsyncConnection[Any]] = []
@@ -358,6 +358,15 @@ class Soak:
         query = "select pid, usename, state, query from pg_stat_activity where usename = any(%s)"
         with self._admin() as admin:
             return admin.execute(query, (list(SIZES),)).fetchall()
+
+
+async def _ask_for_all(db: PoolManager[Any]) -> None:
+    """Let the pool look for what was dropped, which it does while somebody waits."""
+    gc.collect()
+    with suppress(AcquireTimeout):
+        async with AsyncExitStack() as stack:
+            for _ in range(db.pool.max_size):
+                await stack.enter_async_context(db.connection(timeout=0.6))
 
 
 def _is_at_rest(db: PoolManager[Any]) -> bool:
