@@ -598,12 +598,12 @@ class BoundClasses:
             ConfigError: If it cannot be one.
         """
         conn, proxies = unwrapped(given, AsyncConnection)
-        kind = type(conn)
+        kind: Any = cast(Any, type(conn))
         try:
             bound = self._by_user_class.get(kind)
             if bound is None:
                 bound = self._by_user_class[kind] = self._bound(kind)
-            _check_names(_OURS.intersection(vars(conn)))
+            _check_names(name for name in _OURS if name in vars(conn))
             conn.__class__ = bound
         except TypeError as ex:
             if isinstance(conn, BaseConnection) and not isinstance(conn, BoundConnection):
@@ -624,10 +624,10 @@ class BoundClasses:
         conn._session = session = DressedSession(conn, slots, makers(proxies, conn, stand_in))
         return session.dressed(conn)
 
-    def _bound(self, kind: type) -> type[BoundConnection]:
-        if issubclass(kind, BoundConnection):
+    def _bound(self, kind: Any) -> type[BoundConnection]:
+        if BoundConnection in kind.__mro__:
             raise TypeError("it is a pool's already")
-        if not issubclass(kind, AsyncConnection):
+        if AsyncConnection not in kind.__mro__:
             raise TypeError("that is no psycopg.AsyncConnection")
         check_class(kind)
         return bound_class(kind, self._keeper, self._binding)

@@ -734,7 +734,7 @@ def _connection_class(given: object) -> type[AsyncConnection[Any]]:
         raise _bad("connection_class", given, "AsyncConnection or a subclass of it")
     if user_class is not AsyncConnection:
         try:
-            check_class(user_class)
+            check_class(user_class)  # pyright: ignore[reportUnknownArgumentType] - rows of any kind
         except TypeError as ex:
             raise ConfigError(
                 f"connection_class cannot be {user_class!r}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 logger = logging.getLogger("poolkeeper")
 
@@ -40,9 +40,10 @@ def makers(proxies: list[Any], inside: Any, stand_in: object) -> list[Callable[[
     """
     made: list[Callable[[Any], Any]] = []
     for proxy in reversed(proxies):
-        if _can_be_made_anew(type(proxy), proxy, inside):
+        kind: Any = cast(Any, type(proxy))
+        if _can_be_made_anew(kind, proxy, inside):
             proxy.__wrapped__ = stand_in
-            made.append(_maker(type(proxy), proxy))
+            made.append(_maker(kind, proxy))
     return made
 
 
@@ -81,7 +82,7 @@ def _maker(kind: type, mould: Any) -> Callable[[Any], Any]:
 
 
 @cache
-def _like(kind: type) -> Any:
+def _like(kind: Any) -> Any:
     """
     Return a class of proxies that have the attributes of a mould as well.
 
@@ -96,7 +97,7 @@ def _like(kind: type) -> Any:
                 return getattr(proxy._self_poolkeeper_mould, name)
             except AttributeError:
                 pass
-        return kind.__getattr__(proxy, name)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+        return kind.__getattr__(proxy, name)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind)(kind.__name__, (kind,), {**names, "__getattr__": __getattr__})
