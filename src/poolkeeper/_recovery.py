@@ -233,7 +233,7 @@ class Connector:
         now = monotonic()
         before = self.last_failure
         if before is None:
-            self.failing_since = now
+            self.failing_since = now if self._silent_since is None else self._silent_since
         if before is None or before.is_permanent is not failure.is_permanent:
             self._disarm()  # the interval is another one
         self.last_failure = failure
@@ -244,7 +244,7 @@ class Connector:
     def _succeeded(self) -> None:
         if self.last_failure is not None:
             logger.warning(  # as loud as its beginning
-                'pool "%s": connections can be made again, after %.1f s and %d attempts',
+                'pool "%s": connections can be made again, after %.1f s and %d failed attempt(s)',
                 self._pool.name,
                 monotonic() - self.failing_since,
                 self.failures,

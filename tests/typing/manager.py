@@ -11,7 +11,7 @@ from psycopg.rows import DictRow, TupleRow, class_row, dict_row, namedtuple_row,
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import BoundPool, Health, PoolManager, PoolSnapshot
+from poolkeeper import BoundPool, Health, OpenError, PoolManager, PoolSnapshot
 
 
 @dataclass
@@ -77,6 +77,7 @@ async def by_default() -> None:
     assert_type(await db.check(0.5), Health)
     assert_type(await db.check(timeout=1), Health)
     assert_type((health.ok, health.reason, health.beside), tuple[bool, str, bool])
+    assert_type((health.kind, OpenError().kind), tuple[str, str])
     assert_type(health.seconds, float)
     assert_type(health.snapshot, PoolSnapshot)
 

@@ -306,3 +306,16 @@ def test_what_libpq_is_given_in_vain_is_permanent(error: Any, what_to_do: str) -
     failure = of_login(error, frozenset({"colour"}))
     assert failure.is_permanent
     assert failure.advice == what_to_do
+
+
+def test_a_function_that_does_not_return_is_named_and_not_the_server() -> None:
+    attempt = Attempt()
+    failure = attempt.silence(4.0)
+    assert failure.words == "no answer from the server for 4.0 s"
+    assert (failure.kind, failure.is_permanent) == (_attempt.SILENT, False)
+    attempt.is_at("in the kwargs function", raised)
+    failure = attempt.silence(4.0)
+    assert failure.words.startswith("the kwargs function (tests/unit/test_attempt.py:")
+    assert failure.words.endswith(" in raised) has not returned for 0.0 s")
+    assert failure.kind == "the kwargs function does not return"
+    assert "timeout of its own" in failure.advice
