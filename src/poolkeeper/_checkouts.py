@@ -332,17 +332,19 @@ class LineClock:
             else:
                 waiter.due = max(waiter.due, now) if waiter.suspected else waiter.deadline
                 self._place(waiter)
-        if expired:
-            self._expire(expired)
-        if len(expired) == self.SLICE:
-            # No timer: what the loop does meanwhile is to tell them, and no stall.
-            self._timer = self._loop.call_soon(self._look, context=self._context)
-            return
-        self._due = 0.0
-        if self._line:
-            self._arm(soon[0][0] if soon else now + self.TICK)
-            if self._help is not None:
-                self._help()
+        try:
+            if expired:
+                self._expire(expired)
+        finally:
+            if len(expired) == self.SLICE:
+                # No timer: what the loop does meanwhile is to tell them, and no stall.
+                self._timer = self._loop.call_soon(self._look, context=self._context)
+            else:
+                self._due = 0.0
+                if self._line:
+                    self._arm(soon[0][0] if soon else now + self.TICK)
+        if self._due and self._help is not None:
+            self._help()
 
     def _give_back_stalls(self, waiter: Waiter) -> None:
         """Let *waiter* have the time in which nobody could be served."""

@@ -824,7 +824,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 refused += 1
                 if (now := monotonic()) >= deadline:
                     _compat.count(self, self._REQUESTS_ERRORS)
-                    raise self._acquire_timeout(timeout, now - began)
+                    raise self._refusal(timeout, now - began)
 
     async def _wait_in_line(
         self, timeout: float, deadline: float, code: CodeType, lineno: int, joined: float
@@ -854,7 +854,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             deadline = now + ASKED
         elif deadline <= now:
             _compat.count(self, self._REQUESTS_ERRORS)
-            raise self._acquire_timeout(timeout, now - joined if joined else None)
+            raise self._refusal(timeout, now - joined if joined else None)
         waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
         if self._ledger.completes_deadlock(waiter.task, line, self.max_size, timeout):
             waiter.suspected = waiter.since
@@ -906,39 +906,46 @@ class BoundPool(_compat.TellingPool[ACT]):
         moment = self._moment({waiter.task for waiter in waiters})
         for waiter in waiters:
             waited = moment.when - waiter.since
-            waiter.refuse(self._acquire_timeout(waiter.timeout, waited, moment))
+            waiter.refuse(error := self._acquire_timeout(waiter.timeout, waited, moment))
+        self._log_storm(error)  # when all are told: a filter or handler of the user's may raise
 
-    def _acquire_timeout(
-        self, timeout: float, waited: float | None = None, moment: Moment | None = None
-    ) -> AcquireTimeout:
+    def _refusal(self, timeout: float, waited: float | None) -> AcquireTimeout:
         """
-        Return why an acquire has failed, in words that are found when they are read.
+        Return why an acquire fails that is not in line; it is logged.
 
         Args:
             timeout: How long it was to wait.
-            waited: How long it did; None if not in line when its time was up.
-            moment: What is known by now.
+            waited: How long it did, in line; None if it never was.
         """
-        now = monotonic()
-        if moment is None:
-            moment = self._last_moment
-            # Who tries again and again would spend more time on the reasons than on the tries.
-            if (
-                moment is None
-                or now - moment.when > FRESH
-                or not moment.is_of(self.counts(), self._ledger.last_began)
-            ):
-                moment = self._last_moment = self._moment()
-        if waited is None:
-            waited = max(0.0, timeout)
+        moment = self._last_moment
+        # Who tries again and again would spend more time on the reasons than on the tries.
+        if (
+            moment is None
+            or monotonic() - moment.when > FRESH
+            or not moment.is_of(self.counts(), self._ledger.last_began)
+        ):
+            moment = self._last_moment = self._moment()
+        error = self._acquire_timeout(
+            timeout, max(0.0, timeout) if waited is None else waited, moment
+        )
+        self._log_storm(error)
+        return error
+
+    def _acquire_timeout(self, timeout: float, waited: float, moment: Moment) -> AcquireTimeout:
+        """Return why an acquire has failed, in words that are found when they are read."""
         error = AcquireTimeout.told_later(partial(moment.account, timeout, waited))
         cause = self._connector.last_error or self._checks.refusals.error
         if cause is not None:
             error.__cause__ = cause.with_traceback(None)
-        if now - self._last_storm > STORM:
-            logger.warning("%s", error)
-        self._last_storm = now
         return error
+
+    def _log_storm(self, error: AcquireTimeout) -> None:
+        """Log the first of many time-outs."""
+        now = monotonic()
+        begins = now - self._last_storm > STORM
+        self._last_storm = now
+        if begins:
+            logger.warning("%s", error)
 
     def _end_deadlock(self, waiter: Waiter) -> None:
         """Tell the one who completed a self-deadlock, if nobody has stopped waiting since."""

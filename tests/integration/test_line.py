@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import random
 import time
 import tracemalloc
@@ -373,6 +374,29 @@ async def test_a_load_that_is_too_much_is_named_by_all_who_give_up(
     errors = [error for error in results if error is not None]
     assert len(errors) > 1000
     assert {error.diagnosis.cause for error in errors} == {"too-small"}
+
+
+async def test_a_log_that_fails_leaves_nobody_waiting(
+    one: PoolManager[Any], hold: Callable[[], Awaitable[Any]]
+) -> None:
+    def broken(record: logging.LogRecord) -> bool:
+        raise RuntimeError("no space left on device")
+
+    told: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    await hold()
+    log = logging.getLogger("poolkeeper")
+    log.addFilter(broken)
+    try:
+        async with asyncio.timeout(10):
+            errors = await ended(
+                *(asyncio.create_task(one.pool.getconn(timeout=t)) for t in (0.1, 0.1, 0.4))
+            )
+    finally:
+        log.removeFilter(broken)
+        asyncio.get_running_loop().set_exception_handler(None)
+    assert {type(error) for error in errors} == {AcquireTimeout}
+    assert [str(context["exception"]) for context in told] == ["no space left on device"]
 
 
 async def test_a_refusal_whose_reason_nobody_reads_costs_little(
