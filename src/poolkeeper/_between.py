@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeAlias
 from . import _facts
 from ._where import code_behind, site
 
+BEFORE_THE_SERVER = ("in the conninfo function", "in the kwargs function")
+
 Number: TypeAlias = Literal["making", "returning", "checking"]
 
 
@@ -79,6 +81,16 @@ class Between:
     def count(self, number: Number) -> int:
         """Return how many there are of *number*."""
         return sum(step.number == number for step in list(self._steps.values()))
+
+    def ask_nobody(self) -> int:
+        """Return how many that are being made have asked no server yet."""
+        return sum(step.doing in BEFORE_THE_SERVER for step in list(self._steps.values()))
+
+    def held_up(self) -> _facts.StepRow | None:
+        """Return what takes longest of what functions of the user's do to make a connection."""
+        now = monotonic()
+        steps = [s for s in self._steps.values() if s.number == "making" and s.function is not None]
+        return min(steps, key=lambda step: step.since).row(now) if steps else None
 
     def rows(self) -> tuple[_facts.StepRow, ...]:
         """Return all steps, those that take longest first."""

@@ -296,7 +296,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 **others,
                 "opened": self.opened,
                 "steps": self._between.rows(),
-                "connecting": connector.pending - self._configuring,
+                "connecting": self._unanswered(),
                 "attempts_failed": connector.failures,
                 "last_error": failure.words if failure else None,
                 "last_error_advice": failure.advice if failure else "",
@@ -482,13 +482,22 @@ class BoundPool(_compat.TellingPool[ACT]):
         if self._state is State.OPENING or (self._state is State.OPEN and not self._wanted):
             await self._close(0.0, failure)
 
+    def _unanswered(self) -> int:
+        """Return how many attempts wait for a server's answer."""
+        return self._connector.pending - self._configuring - self._between.ask_nobody()
+
     def _open_error(self, timeout: float | None) -> OpenError:
         """Return why the pool could not be opened: *timeout* seconds passed, or it never will."""
         failed = self._connector.last_failure
-        pending = self._connector.pending - self._configuring
+        pending = self._unanswered()
+        held_up = self._between.held_up()
         if failed is not None:
             why = failed.words
             hint = failed.advice
+        elif held_up is not None:
+            at = f" at {held_up.site}" if held_up.site else ""
+            why = f"for {held_up.seconds:.1f} s it is {held_up.doing}{at}"
+            hint = "Look at what that function waits for, and give it a time-out."
         elif pending:
             why = "the server does not answer"
             hint = (

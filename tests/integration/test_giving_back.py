@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import PoolManager, ReleasedConnectionError
+from poolkeeper import OpenError, PoolManager, ReleasedConnectionError
 from tests.support.server import is_at_work
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -123,6 +123,27 @@ async def test_an_error_in_reset_is_logged_and_is_not_the_borrowers(
     async with db.connection() as conn:
         assert conn.info.backend_pid != first
     assert any("reset" in record.getMessage() for record in caplog.records)
+
+
+# --- while one is made ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["conninfo", "kwargs", "configure"])
+async def test_an_open_that_is_held_up_by_a_function_names_it(
+    make_manager: MakeManager, dsn: str, function: str
+) -> None:
+    async def hangs(*_: Any) -> Any:
+        await asyncio.sleep(3600)
+
+    arguments: dict[str, Any] = {"conninfo": dsn, function: hangs}
+    db = make_manager(min_size=2, open_timeout=0.5, **arguments)
+    with pytest.raises(OpenError) as caught:
+        await db.open()
+    message = str(caught.value.args[0])
+    kind = "callback" if function == "configure" else "function"
+    assert f"it is in the {function} {kind} at {HERE}:" in message
+    assert ", 0 had no answer yet" in str(caught.value.detail)
+    assert "firewall" not in str(caught.value)
 
 
 # --- while a task is at work on it --------------------------------------------------------------
