@@ -2,9 +2,11 @@
 What must hold after every step, whatever happens in which order.
 
 A seeded simulator drives a real pool of at most a few connections: tasks acquire with all kinds of
-time-outs, release, fail, are cancelled once or many times, sessions are killed, sizes change,
-the stock is drained; and after each step the books must balance. A failure prints its seed; to
-run one again: ``POOLKEEPER_SEED=123 pytest tests/stress/test_invariants.py``.
+time-outs, release, fail, are cancelled once or many times, sessions are killed, callbacks raise,
+hang, close what they are called with and swallow their cancellation, sizes change, the stock is
+drained, the pool is closed and opened again; and after each step and turn of the loop each
+connection must be in exactly one of the numbers. A failure prints its seed; to run one again:
+``POOLKEEPER_SEED=123 pytest tests/stress/test_invariants.py``.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ import psycopg
 import pytest
 
 from poolkeeper import AcquireTimeout, PoolManager
+from poolkeeper._connection import RetiredConnection, Session
+from poolkeeper._pool import State
 
 MakeManager = Callable[..., PoolManager[Any]]
 
+OK = psycopg.pq.ConnStatus.OK
 NAME = "invariants"
 SEEDS = (
     [int(os.environ["POOLKEEPER_SEED"])]
@@ -31,6 +36,7 @@ SEEDS = (
     else list(range(int(os.environ.get("POOLKEEPER_SEEDS", "40"))))
 )
 STEPS = 400
+CALLBACKS = ("check", "reset", "configure")
 
 
 class Simulator:
@@ -47,8 +53,9 @@ class Simulator:
         self.lent: list[Any] = []
         self.most = self.pool.max_size
         self.arrived: list[Any] = []  # waiters, in the order in which they joined the line
+        self.moods = [""]
+        self.gate = asyncio.Event()
         self.admin = psycopg.connect(dsn, autocommit=True)
-        self._watch_line()
 
     # --- what can happen --------------------------------------------------------------------
 
@@ -95,14 +102,53 @@ class Simulator:
         await self.pool.drain()
 
     async def check(self) -> None:
-        self._start(self.pool.check())
+        self._start(self._check())
+
+    async def ask(self) -> None:
+        """As a readiness probe does."""
+        self._start(self._ask())
+
+    def change_mood(self) -> None:
+        """Let the callbacks do something else, one call in four."""
+        self.moods = ["", "", "", self.random.choice(["", "raise", "hang", "close", "swallow"])]
+
+    def let_go(self) -> None:
+        """Let the callbacks that hang go on."""
+        self.gate.set()
+        self.gate = asyncio.Event()
+
+    async def reopen(self) -> None:
+        self.let_go()
+        await self.db.close(timeout=0.05)
+        self.lent.clear()
+        await self._until(self._all_ended)
+        self.moods = [""]
+        await self.db.open()
+        self._watch_line()
 
     async def turn(self) -> None:
         for _ in range(self.random.randrange(1, 4)):
             await asyncio.sleep(0)
+            self.books()
 
     async def wait(self) -> None:
         await asyncio.sleep(self.random.choice([0.001, 0.005, 0.02]))
+
+    # --- the callbacks ------------------------------------------------------------------------
+
+    async def callback(self, conn: Any) -> None:
+        mood = self.random.choice(self.moods)
+        if mood == "raise":
+            raise OSError("not now")
+        if mood == "close":
+            await conn.close()
+        elif mood == "hang":
+            await self.gate.wait()
+        elif mood == "swallow":
+            gate = self.gate
+            while not gate.is_set():
+                with suppress(asyncio.CancelledError):
+                    await gate.wait()
 
     # --- how it happens -----------------------------------------------------------------------
 
@@ -126,8 +172,21 @@ class Simulator:
                     await conn.close()
 
     async def _lend(self, timeout: float) -> None:
-        with suppress(AcquireTimeout):
+        with suppress(AcquireTimeout, psycopg.Error):
             self.lent.append(await self.pool.getconn(timeout))
+
+    async def _check(self) -> None:
+        with suppress(psycopg.Error):
+            await self.pool.check()
+
+    async def _ask(self) -> None:
+        with suppress(psycopg.Error):
+            await self.db.check(0.5)
+
+    def _all_ended(self) -> bool:
+        for event in self.holding.values():
+            event.set()
+        return not self.tasks
 
     async def _put(self) -> None:
         if not self.lent:
@@ -182,34 +241,48 @@ class Simulator:
     def books(self) -> None:
         """Raise unless the books balance; called between any two steps."""
         pool = self.pool
-        held, idle = len(pool._ledger.held), len(pool._idle)
-        # Also out of the ledger: those that a task of the pool's own checks, resets or returns.
-        between = [
+        if pool.state is not State.OPEN:
+            return  # what is left of a life is about to go
+        idle = [conn._session for conn in pool._idle]
+        held = [checkout.session for checkout in pool._ledger.held]
+        between = [who for who in pool._between._steps if isinstance(who, Session)]
+        handed = [
+            waiter.future.result()._session for waiter in pool._line._called if waiter.was_served()
+        ]
+        there = [*idle, *held, *between, *handed]
+        assert len(set(there)) == len(there), "a connection is in two places"
+        now = pool.snapshot()
+        making = pool._connector.pending
+        assert now.total == now.in_use + now.idle + now.returning + now.checking == len(there)
+        assert (now.in_use, now.idle, now.making) == (len(held), len(idle), making)
+        assert now.returning + now.checking == len(between) + len(handed)
+        counts = pool.counts()
+        for name in ("total", "in_use", "idle", "waiting", "making", "returning", "checking"):
+            assert counts.get(name, 0) == getattr(now, name)
+        # Whatever session is alive, and nobody has been parted from, is in one of the places, or
+        # an attempt is about to put it there.
+        nowhere = {
             session
             for session in pool._sessions
             if session.in_pool
-            and session.checkout is None
+            and session.pgconn.status == OK
             and session.handle is not None
-            and session.handle not in pool._idle
-        ]
-        assert held + idle <= self.most
-        assert pool._nconns <= self.most
-        assert held + idle <= pool._nconns
-        assert held + idle + pool._connector.wanted <= pool._nconns
-        assert pool._nconns <= held + idle + pool._connector.wanted + len(between) + len(
-            pool._returning
-        )
-        assert len(set(map(id, pool._idle))) == idle
-        assert len({checkout.session for checkout in pool._ledger.held}) == held
-        assert all(conn._session.checkout is None for conn in pool._idle)
+            and not isinstance(session.handle, RetiredConnection)
+        } - set(there)
+        assert len(nowhere) <= making, "a connection is in no place"
+        assert now.total + making <= self.most
+        wanted = pool._connector.wanted
+        assert now.total + wanted <= pool._nconns <= now.total + wanted + making
+        assert all(session.checkout is None for session in idle)
         assert all(c.session.checkout is c for c in pool._ledger.held)
         if pool._line:
             assert not idle, "somebody waits while a connection is idle"
 
     async def run(self, steps: int) -> None:
-        chances: dict[Callable[[], Any], int] = {
+        chances: dict[Callable[[], Any], float] = {
             self.acquire: 24, self.lend: 6, self.give_back: 8, self.release: 24, self.cancel: 12,
             self.cancel_everybody: 1, self.kill: 3, self.resize: 3, self.drain: 2, self.check: 2,
+            self.ask: 2, self.change_mood: 3, self.let_go: 8, self.reopen: 0.5,
             self.turn: 24, self.wait: 12,
         }  # fmt: skip
         for _ in range(steps):
@@ -221,6 +294,8 @@ class Simulator:
 
     async def settle(self) -> None:
         """Let everything end, and look at what is left."""
+        self.moods = [""]
+        self.let_go()
         while self.tasks or self.lent:
             for event in self.holding.values():
                 event.set()
@@ -264,9 +339,19 @@ async def test_the_books_balance_after_every_step(
 ) -> None:
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-    db = make_manager(application_name=NAME, min_size=1, max_size=3, timeout=5, max_waiting=0)
-    await db.open()
+    simulator: Simulator
+
+    async def callback(conn: Any) -> None:
+        await simulator.callback(conn)
+
+    # Not all of them always: where there is none, other ways are gone.
+    calls = {name: callback for bit, name in enumerate(CALLBACKS) if seed >> bit & 1}
+    db = make_manager(
+        application_name=NAME, min_size=1, max_size=3, timeout=5, max_waiting=0, **calls
+    )
     simulator = Simulator(db, dsn, seed)
+    await db.open()
+    simulator._watch_line()
     begin = time.monotonic()
     try:
         await simulator.run(STEPS)
@@ -278,3 +363,6 @@ async def test_the_books_balance_after_every_step(
         ex.add_note(f"steps: {' '.join(simulator.history)}")
         ex.add_note(f"{db!r}, errors: {errors}")
         raise
+    finally:
+        simulator.moods = [""]
+        simulator.let_go()
