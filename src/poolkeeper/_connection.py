@@ -209,7 +209,8 @@ class BoundConnection(AsyncConnection[Any]):
                 # way shall see that it is closed, and end with the error that it has.
                 pgconn.finish()
             status = pgconn.transaction_status
-            if status != checkout.left_in and status != UNKNOWN:
+            # Neither in the middle of a stream, nor lost: what was before is what counts then.
+            if status != checkout.left_in and status != ACTIVE and status != UNKNOWN:
                 checkout.failed_later = status == INERROR and checkout.left_in != IDLE
                 checkout.left_in = status
             checkout.changed_at = self._session.heard_at = now = monotonic()

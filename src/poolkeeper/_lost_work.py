@@ -21,7 +21,6 @@ from .errors import LostWorkError, see
 
 logger = logging.getLogger("poolkeeper")
 
-ACTIVE = pq.TransactionStatus.ACTIVE
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 
@@ -40,7 +39,7 @@ def raise_if_lost(conn: Any) -> None:
     left = checkout.left_in
     if not conn.broken or conn.read_only:
         return
-    if left == INTRANS or (left == ACTIVE and not conn.autocommit):
+    if left == INTRANS:
         raise LostWorkError(
             f'a connection of pool "{conn._binding.name}" was lost with a transaction open:'
             " its work is not committed",
