@@ -91,6 +91,9 @@ BAD = pq.ConnStatus.BAD
 NO_PIPELINE = pq.PipelineStatus.OFF
 
 
+LONGEST = 1e9
+"""Seconds that the longest wait may take: for ever."""
+
 FRESH = 0.001
 """Seconds for which a connection that was heard of, or looked at, is not looked at again."""
 
@@ -804,7 +807,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if timeout is None:
             timeout = self.timeout
         began = monotonic()
-        deadline = began + timeout
+        deadline = began + min(LONGEST, timeout)  # it may be infinite, or NaN
         code = frame.f_code
         joined = 0.0
         refused = 0

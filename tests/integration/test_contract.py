@@ -137,6 +137,23 @@ async def test_what_is_the_same_is_the_same(dsn: str, kind: str) -> None:
     await pool.close()
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e30, float("nan")])
+async def test_a_wait_without_end_ends_when_a_connection_is_free(dsn: str, timeout: float) -> None:
+    async with pool_of("poolkeeper", dsn) as pool:
+
+        async def use() -> None:
+            async with pool.connection(timeout):
+                pass
+
+        conn = await pool.getconn()
+        using = asyncio.create_task(use())
+        await asyncio.wait({using}, timeout=0.1)
+        assert not using.done()
+        await pool.putconn(conn)
+        await using
+        assert pool.get_stats()["pool_available"] == 1
+
+
 async def test_given_back_twice(dsn: str) -> None:
     errors: dict[str, type[Exception]] = {
         "psycopg_pool": ValueError,
