@@ -79,13 +79,16 @@ async def roll_back(conn: BoundConnection) -> bool:
     status, wrote = conn.pgconn.transaction_status, False
     if status == INTRANS:
         try:
-            asked, _ = await run(
-                conn, [b"SELECT pg_catalog.txid_current_if_assigned() IS NOT NULL", b"ROLLBACK"]
-            )
+            statements = [b"SELECT pg_catalog.txid_current_if_assigned() IS NOT NULL", b"ROLLBACK"]
+            # As psycopg's rollback() does: they may be of what is rolled back. It forgets them in
+            # the server at once, for later it would forget what is prepared by then.
+            if conn._prepared._names:
+                statements.append(b"DEALLOCATE ALL")
+            asked, *_ = await run(conn, statements)
+            conn._session.forget_prepared(conn)
             wrote = asked.get_value(0, 0) == b"t"
         except psycopg.Error:
             wrote = True
-        conn._prepared.clear()  # as psycopg's rollback() does
     await conn.rollback()  # nothing, if it is over
     return wrote
 

@@ -238,3 +238,17 @@ async def test_putconn_on_the_way_out_with_an_error_is_not(
             await one.pool.putconn(conn)
     assert await one.fetchval(f"select count(*) from {table}") == 0
     assert warnings(caplog) == []
+
+
+async def test_what_was_prepared_before_a_roll_back_is_not_missed_after_it(
+    one: PoolManager[Any],
+) -> None:
+    """The server forgets it with the roll-back, and not when the next borrower has prepared."""
+    conn = await one.pool.getconn()
+    await conn.execute("select 1", prepare=True)
+    await one.pool.putconn(conn)
+    for _ in range(2):
+        async with one.connection() as conn:
+            for query in ("select 1", "select 2"):
+                await conn.execute(query, prepare=True)
+                await conn.execute(query, prepare=True)
