@@ -916,10 +916,13 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._line.leave(waiter)
         self._ledger.gave_up(len(waiters))
         moment = self._moment({waiter.task for waiter in waiters})
-        for waiter in waiters:
-            waited = moment.when - waiter.since
-            waiter.refuse(error := self._acquire_timeout(waiter.timeout, waited, moment))
-        self._log_storm(error)  # when all are told: a filter or handler of the user's may raise
+        errors = [
+            self._acquire_timeout(waiter.timeout, moment.when - waiter.since, moment)
+            for waiter in waiters
+        ]
+        for waiter, error in zip(waiters, errors, strict=True):
+            waiter.refuse(error)
+        self._log_storm(errors[0])  # when all are told: a filter or handler of the user's may raise
 
     def _refusal(self, timeout: float, waited: float | None) -> AcquireTimeout:
         """
