@@ -60,7 +60,8 @@ def show(dsn: str | None, markdown: Path | None) -> int:
         ConfigError: If *dsn* is not a connection string.
     """
     begin = time.monotonic()
-    logging.getLogger("psycopg.pool").addHandler(logging.NullHandler())
+    for name in ("poolkeeper", "psycopg.pool"):  # the error tells it all
+        logging.getLogger(name).addHandler(logging.NullHandler())
     stdout: TextIO = sys.stdout
     if reconfigure := getattr(stdout, "reconfigure", None):
         reconfigure(errors="replace")  # a server's messages may be in any language
