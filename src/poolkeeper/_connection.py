@@ -61,7 +61,7 @@ CANCEL_GRACE = 1.0
 LEFT_OPEN = 0.2
 """Seconds after which a stream of which nobody asks for the next row is taken for left open."""
 
-_MAKES_CURSOR = BaseCursor.__init__.__code__
+_MAKES_CURSOR = cast(Any, BaseCursor).__init__.__code__
 
 LOSES_CANCELLATION = sys.version_info < (3, 12) and hasattr(waiting, "wait_for")
 """
@@ -432,9 +432,9 @@ class RetiredConnection(BoundConnection):
 
     pgconn = property(_refuse)
     lock = property(_refuse)
-    adapters = property(_refuse)
-    prepare_threshold = property(_refuse, _refuse)
-    prepared_max = property(_refuse, _refuse)
+    adapters = property(_refuse)  # pyright: ignore[reportIncompatibleMethodOverride]
+    prepare_threshold = property(_refuse, _refuse)  # pyright: ignore[reportIncompatibleMethodOverride]
+    prepared_max = property(_refuse, _refuse)  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     @override
