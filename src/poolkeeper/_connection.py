@@ -259,11 +259,17 @@ class BoundConnection(AsyncConnection[Any]):
 
     def __del__(self, *args: Any) -> None:
         session: Session | None = vars(self).get("_session")
-        if session is None or not session.in_pool or self.closed or self._binding.dead:
+        if (
+            session is None
+            or not session.in_pool
+            or (self.closed and session.checkout is None)
+            or self._binding.dead
+        ):
             super().__del__(*args)
         elif (keeper := self._keeper()) is not None:
-            # The session is still good. Somebody has acquired it and did not give it back; or an
-            # acquire or a release was cut short, by a RecursionError, say.
+            # Somebody has acquired it and did not give it back: also one that is lost by now has
+            # its place in the pool. Or an acquire or a release was cut short, by a RecursionError,
+            # say, and the session is still good.
             keeper.take_back_dropped(self)
 
     @override

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, cast
 
+import psycopg
 import pytest
 
 from poolkeeper import PoolManager
@@ -170,6 +171,23 @@ async def test_a_connection_that_was_dropped_is_taken_back(
     assert message.endswith(f'acquired in task "careless" at {HERE}:{line}; taken back')
     await until(lambda: not db.pool._returning)
     assert db.pool.counts() == {"total": 1, "in_use": 0, "idle": 1, "max": 1, "waiting": 0}
+    assert not db.pool._ledger.held
+
+
+async def test_a_connection_that_was_lost_and_dropped_leaves_its_place(
+    make_manager: MakeManager, dsn: str
+) -> None:
+    db = make_manager(min_size=1, max_size=1, name="orders", timeout=30)
+    await db.open()
+    conn = await db.pool.getconn()
+    admin(dsn, "select pg_terminate_backend(%s)", (conn.info.backend_pid,))
+    with contextlib.suppress(psycopg.OperationalError):
+        await conn.execute("select 1")
+    assert conn.closed
+    del conn
+    gc.collect()
+    async with asyncio.timeout(10):
+        assert await db.fetchval("select 1") == 1
     assert not db.pool._ledger.held
 
 

@@ -97,6 +97,7 @@ def _climb(thing: object, lines: list[str], seen: set[int], depth: int, most: in
     holders = gc.get_referrers(thing)
     seen.add(id(holders))
     held_by = [h for h in holders if id(h) not in seen and not _is_dull(h)]
+    seen.add(id(held_by))
     for holder in held_by[:most] if depth < 7 else ():
         _climb(holder, lines, seen, depth + 1, most)
     if not held_by and not depth:
