@@ -499,7 +499,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             hint = failed.advice
         elif held_up is not None:
             at = f" at {held_up.site}" if held_up.site else ""
-            why = f"for {held_up.seconds:.1f} s it is {held_up.doing}{at}"
+            why = f"a connection is {held_up.doing}{at} for {held_up.seconds:.1f} s by now"
             hint = "Look at what that function waits for, and give it a time-out."
         elif pending:
             why = "the server does not answer"

@@ -395,7 +395,7 @@ def test_config() -> None:
         caught.value,
         """
         max_size cannot be 2
-        DETAIL:  It takes a whole number, 3 or more.
+        DETAIL:  It takes min_size or more, and min_size is 3.
         HINT:  See DOCS#config
         """,
     )

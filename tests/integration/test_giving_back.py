@@ -141,7 +141,7 @@ async def test_an_open_that_is_held_up_by_a_function_names_it(
         await db.open()
     message = str(caught.value.args[0])
     kind = "callback" if function == "configure" else "function"
-    assert f"it is in the {function} {kind} at {HERE}:" in message
+    assert f"a connection is in the {function} {kind} at {HERE}:" in message
     assert ", 0 had no answer yet" in str(caught.value.detail)
     assert "firewall" not in str(caught.value)
 
