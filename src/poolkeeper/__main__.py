@@ -1,4 +1,4 @@
-"""The command line: ``poolkeeper demo``."""
+"""The command line: ``poolkeeper demo`` and ``poolkeeper explain``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         " and honest.",
     )
     parser.add_argument("--version", action="version", version=f"poolkeeper {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def say_what_there_is(_chosen: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=say_what_there_is)
+    commands = parser.add_subparsers(metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
         help="show a small app at work, then what common mistakes do, with and without poolkeeper",
@@ -54,6 +60,20 @@ def _parser() -> argparse.ArgumentParser:
         help="also write the closing table, and every message, to this file",
     )
     demo.set_defaults(run=_demo)
+    explain = commands.add_parser(
+        "explain",
+        help="what an error or the cause of a shortage means, and what to do; needs no network",
+        description="Prints the page on an error or a cause; without a name, what there is. Exit"
+        " status 2 if there is none.",
+    )
+    explain.add_argument(
+        "what",
+        nargs="*",
+        metavar="NAME|MESSAGE",
+        help='an error ("AcquireTimeout"), a cause ("held-but-hardly-used"), or a message or'
+        ' traceback as it was pasted; "-" reads it from standard input',
+    )
+    explain.set_defaults(run=_explain)
     return parser
 
 
@@ -61,6 +81,12 @@ def _demo(chosen: argparse.Namespace) -> int:
     from poolkeeper._demo.show import show  # the library itself never imports it
 
     return show(dsn=chosen.dsn, markdown=chosen.markdown)
+
+
+def _explain(chosen: argparse.Namespace) -> int:
+    from poolkeeper._explain import explain
+
+    return explain(chosen.what)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ __all__ = [
 
 _Error = TypeVar("_Error", bound=BaseException)
 
-_DOCS = "https://poolkeeper.readthedocs.io/errors"
+DOCS = "https://poolkeeper.readthedocs.io"
+"""Where the pages are read; messages and the command line have it from here."""
 
 
 def see(anchor: str) -> str:
     """Return the sentence that sends a reader to the docs of one error."""
-    return f"See {_DOCS}#{anchor}"
+    return f"See {DOCS}/errors#{anchor}"
 
 
 class PoolkeeperError(Exception):

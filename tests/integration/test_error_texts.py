@@ -41,6 +41,7 @@ from poolkeeper import (
     UnclosedManagerWarning,
 )
 from poolkeeper._embedded import EmbeddedServer
+from poolkeeper._explain import find
 from tests.support.programs import run_program
 from tests.support.server import PASSWORD
 
@@ -75,6 +76,10 @@ def assert_text(error: BaseException, expected: str) -> None:
     """Compare the whole text, and see that pickle and copy keep it."""
     lines = textwrap.dedent(expected).strip().splitlines()
     assert masked(str(error)).splitlines() == lines
+    if page := re.search(r"DOCS#([\w-]+)", lines[-1]):
+        assert page[1] in {section.name for section in find(str(error))}
+        if not isinstance(error, ConfigError):  # its first line is about a parameter
+            assert page[1] in {section.name for section in find(str(error).splitlines()[0])}
     if isinstance(error, PoolkeeperError):
         for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
             assert type(again) is type(error)

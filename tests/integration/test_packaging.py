@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import poolkeeper
+from poolkeeper._explain import PAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,8 +49,28 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
         for path in (source / "poolkeeper").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    pages = {f"poolkeeper/_pages/{page}.md" for page in PAGES}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held == expected
+    assert held == expected | pages
+    for page in pages:
+        assert wheel.read(page) == (ROOT / "docs" / Path(page).name).read_bytes()
+
+
+def test_what_the_wheel_explains_is_what_stands_in_its_pages(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path)
+    (page,) = tmp_path.glob("poolkeeper/_pages/errors.md")
+    page.write_text(page.read_text().replace("A forked process", "Changed in the wheel"))
+    ended = subprocess.run(
+        [sys.executable, "-m", "poolkeeper", "explain", "fork"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.startswith("Changed in the wheel\n")
 
 
 def test_the_wheel_is_typed_and_carries_its_licence(wheel: zipfile.ZipFile) -> None:
