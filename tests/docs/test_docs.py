@@ -12,6 +12,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import poolkeeper
+from poolkeeper import _compat
 from tests.docs.blocks import Block, Example, blocks, examples, normal
 from tests.support.server import admin
 
@@ -133,3 +134,12 @@ def test_the_architecture_page_names_every_module_and_imports_point_upwards_in_i
         if (package / f"{name}.py").exists():
             below = imported(package / f"{name}.py") & set(order[place:])
             assert not below, f"{name} imports {below}"
+
+
+def test_the_architecture_page_names_all_that_is_used_of_psycopg_pools_internals() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    _, _, table = text.partition("| internal | what for |")
+    names = {*_compat.NEEDED, *(name for names in _compat.SET_BY.values() for name in names)}
+    internals = {name for name in names if name.startswith("_") and name.islower()}
+    assert internals
+    assert not {name for name in internals if not re.search(rf"`{name}\b", table)}
