@@ -274,7 +274,13 @@ async def execute_many(visit: Visit) -> None:
     """Run one statement with many parameters, which psycopg does in a pipeline of its own."""
     async with visit.db.connection() as conn, conn.cursor() as cur:
         parameters = [(visit.token, n) for n in range(1, 6)]
-        await cur.executemany(MINE, parameters, returning=True)
+        try:
+            await cur.executemany(MINE, parameters, returning=True)
+        except AssertionError as ex:
+            # psycopg 3.3.9, cancelled as it enters its pipeline: on the bare pool, too.
+            if not isinstance(ex.__context__, asyncio.CancelledError):
+                raise
+            raise ex.__context__ from None
         for number in range(1, 6):
             visit.owns(await cur.fetchall(), number)
             cur.nextset()
