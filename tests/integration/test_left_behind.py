@@ -17,7 +17,7 @@ from tests.support.proxy import FaultProxy
 from tests.support.server import admin, endless, eventually, is_at_work
 
 MakeManager = Callable[..., PoolManager[Any]]
-MANY = "select generate_series(1, 100000)"
+MANY = "select generate_series(1, 20000)"
 
 
 @pytest.fixture
