@@ -104,6 +104,8 @@ class Connector:
         """Since when those under way, and those given up before them, have had no answer."""
         self._silence_told = False
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        """When the timer calls; one of uvloop's that is due at once has no ``when()``."""
         self._patience = self.PATIENCE
         self._stopped = False
         self.last_failure: Failure | None = None
@@ -138,7 +140,7 @@ class Connector:
         """Seconds until the next probe; None if none is due."""
         if self._timer is None or self.last_failure is None:
             return None
-        return max(0.0, self._timer.when() - self._loop.time())
+        return max(0.0, self._due - self._loop.time())
 
     def add(self) -> None:
         """Make one more connection."""
@@ -275,7 +277,7 @@ class Connector:
         if self._timer is None or self.last_failure is None or not self.last_failure.is_permanent:
             return
         soon = self.last_failed + self.PROBE_IF_PERMANENT_AND_ASKED - monotonic()
-        if self._timer.when() - self._loop.time() > soon:
+        if self._due - self._loop.time() > soon:
             self._disarm()
             self._arm(max(0.0, soon))
 
@@ -290,6 +292,7 @@ class Connector:
                 delay = (
                     self.PROBE_IF_PERMANENT_AND_ASKED if asked else self.PROBE_EVERY_IF_PERMANENT
                 )
+        self._due = self._loop.time() + delay
         self._timer = self._loop.call_later(delay, weakly(self._probe), context=self._context)
 
     def _probe(self) -> None:

@@ -9,15 +9,12 @@ from typing import Any
 
 
 class FakeTimer:
-    """What `call_later()` returns."""
+    """What `call_later()` returns: without ``when()``, as uvloop's that are due at once."""
 
-    def __init__(self, when: float, callback: Callable[[], object]) -> None:
-        self._when = when
+    def __init__(self, due: float, callback: Callable[[], object]) -> None:
+        self.due = due
         self.callback = callback
         self.cancelled = False
-
-    def when(self) -> float:
-        return self._when
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -53,13 +50,13 @@ class FakeLoop:
     @property
     def timers(self) -> list[FakeTimer]:
         """Those that are still to come."""
-        return sorted((t for t in self._timers if not t.cancelled), key=FakeTimer.when)
+        return sorted((t for t in self._timers if not t.cancelled), key=lambda timer: timer.due)
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass; every timer is called when it is due."""
         until = self.now + seconds
-        while (timers := self.timers) and timers[0].when() <= until:
-            self.now = max(self.now, timers[0].when())
+        while (timers := self.timers) and timers[0].due <= until:
+            self.now = max(self.now, timers[0].due)
             self._call(timers[0])
         self.now = until
 
@@ -67,7 +64,7 @@ class FakeLoop:
         """Let time pass while nothing runs; timers that were due are called late, once."""
         self.now += seconds
         for timer in self.timers:
-            if timer.when() <= self.now:
+            if timer.due <= self.now:
                 self._call(timer)
 
     def _call(self, timer: FakeTimer) -> None:

@@ -289,7 +289,7 @@ async def test_deadlines_that_lie_close_together_cost_one_look(queue: Queue) -> 
     looks = 0
     while queue.line:
         looks += 1
-        queue.loop.pass_time(queue.loop.timers[0].when() - queue.loop.now)
+        queue.loop.pass_time(queue.loop.timers[0].due - queue.loop.now)
     assert [waiter for waiter, _ in queue.expired] == waiters
     assert looks <= 3
 
