@@ -20,7 +20,7 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
-from .errors import MissingDependencyError, see
+from .errors import MissingDependencyError, see_site
 
 NEEDED = (
     "_CONNECTIONS_ERRORS", "_CONNECTIONS_LOST", "_CONNECTIONS_MS", "_CONNECTIONS_NUM",
@@ -51,7 +51,7 @@ def _cannot_work(lacks: str) -> MissingDependencyError:
         f"poolkeeper {of('poolkeeper')} does not work with psycopg_pool {of('psycopg-pool')}",
         detail=f"It needs what that version does not have: {lacks}.",
         hint="Install a newer poolkeeper, or a psycopg_pool that this one was tried with:"
-        f' pip install "psycopg-pool>=3.3.2,<3.4". {see("missing-dependency")}',
+        f' pip install "psycopg-pool>=3.3.2,<3.4". {see_site("missing-dependency")}',
     )
 
 

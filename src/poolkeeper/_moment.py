@@ -226,6 +226,6 @@ class Moment:
             f'could not acquire a connection from pool "{diagnosis.snapshot.name}" within'
             f" {timeout:.2f} s: {diagnosis.summary}",
             detail,
-            f"{diagnosis.advice} {see('acquire-timeout')}".strip(),
+            f"{diagnosis.advice} {see('acquire-timeout', diagnosis.cause)}".strip(),
             diagnosis,
         )

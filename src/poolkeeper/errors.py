@@ -41,8 +41,19 @@ DOCS = "https://poolkeeper.readthedocs.io"
 """Where the pages are read; messages and the command line have it from here."""
 
 
-def see(anchor: str) -> str:
-    """Return the sentence that sends a reader to the docs of one error."""
+def see(anchor: str, about: str = "") -> str:
+    """
+    Return the sentence that sends a reader to the docs of one error, on the site and offline.
+
+    Args:
+        anchor: Of the error.
+        about: What to explain, if there is something more to the point.
+    """
+    return f"{see_site(anchor)} or run: poolkeeper explain {about or anchor}"
+
+
+def see_site(anchor: str) -> str:
+    """Return the sentence for where the command line does not run, for nothing can be imported."""
     return f"See {DOCS}/errors#{anchor}"
 
 

@@ -26,6 +26,7 @@ from typing_extensions import override
 from poolkeeper import NotOpenError, OpenError, PoolManager
 from poolkeeper.adapters import fastapi, starlette
 from poolkeeper.adapters.asgi import KEY, LifespanMiddleware, connection_from, pool_from
+from poolkeeper.errors import see
 
 from .conformance import ADAPTERS, Conformance, Framework, Probe, client, until
 from .servers import Served
@@ -647,7 +648,7 @@ async def test_without_a_lifespan_the_error_says_what_to_do(manager: PoolManager
         " open_on_first_request=True. In tests wrap it in asgi_lifespan.LifespanManager:"
         " httpx.ASGITransport runs no lifespan. Django's AsyncClient goes past the middleware:"
         " open the manager in the test, and use it in the view without asking the request."
-        " See https://poolkeeper.readthedocs.io/errors#no-startup"
+        f" {see('no-startup')}"
     )
 
 

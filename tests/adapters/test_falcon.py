@@ -22,6 +22,7 @@ from poolkeeper.adapters.falcon import (
     pool_from,
     readyz,
 )
+from poolkeeper.errors import see
 
 from .conformance import Conformance, Framework, Probe, client, until
 from .servers import Served
@@ -202,7 +203,7 @@ class TestFalcon(Conformance):
             ' In tests use falcon.testing, as TestClient(app) or "async with ASGIConductor(app) as'
             ' conductor"; httpx.ASGITransport runs no lifespan, so enter an ASGIConductor around'
             " it. Some servers (daphne) know none."
-            " See https://poolkeeper.readthedocs.io/errors#no-startup"
+            f" {see('no-startup')}"
         )
 
     async def test_without_the_middleware_the_error_is_the_same(self) -> None:

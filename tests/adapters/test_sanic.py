@@ -21,6 +21,7 @@ from websockets.asyncio.client import connect
 
 from poolkeeper import NotOpenError, PoolManager
 from poolkeeper.adapters.sanic import connection_from, livez, pool_from, readyz, setup
+from poolkeeper.errors import see
 
 from .conformance import Conformance, Framework, Probe, client, until
 from .servers import SERVERS, Command, Served
@@ -447,7 +448,7 @@ class TestClients:
             " run: Sanic's own server does, so do app.test_client, ReusableClient and"
             " app.asgi_client's requests. asgi_client.websocket() and httpx.ASGITransport run"
             " none, so wrap the application in asgi_lifespan.LifespanManager. Some ASGI servers"
-            " (daphne) know no lifespan. See https://poolkeeper.readthedocs.io/errors#no-startup"
+            f" (daphne) know no lifespan. {see('no-startup')}"
         )
 
     async def test_the_lifespan_manager_opens_the_pool(

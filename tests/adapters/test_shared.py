@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 
 from poolkeeper import MissingDependencyError, NotOpenError, PoolManager
 from poolkeeper.adapters._shared import RequestConnection, Span, pool_in, ready, requires
+from poolkeeper.errors import see
 
 HERE = "tests/adapters/test_shared.py"
 
@@ -132,7 +133,7 @@ def test_without_a_manager_the_hint_is_the_frameworks() -> None:
         "there is no pool in this application: its start-up has not run\n"
         "DETAIL:  The pool is opened by the application's start-up, which keeps it under"
         ' "poolkeeper"; nothing is there.\n'
-        "HINT:  Call setup(). See https://poolkeeper.readthedocs.io/errors#no-startup"
+        f"HINT:  Call setup(). {see('no-startup')}"
     )
 
 

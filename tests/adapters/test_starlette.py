@@ -34,6 +34,7 @@ from poolkeeper import (
     PoolManager,
 )
 from poolkeeper.adapters.starlette import connection_from, lifespan, livez, pool_from, readyz
+from poolkeeper.errors import see
 
 from .conformance import Conformance, Framework, Probe, client, until
 from .servers import Served
@@ -122,7 +123,7 @@ nothing is there.
 HINT:  Give the application lifespan=lifespan(manager). In tests enter the client: \
 "with TestClient(app) as client"; httpx.ASGITransport runs no lifespan, so wrap the application \
 in asgi_lifespan.LifespanManager. A mounted application's lifespan never runs, and some servers \
-(daphne) know none. See https://poolkeeper.readthedocs.io/errors#no-startup"""
+(daphne) know none. """ + see("no-startup")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ EXAMPLES = [example for page in PAGES for example in examples(page)]
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _ANCHOR = re.compile(r'<a id="([^"]+)"></a>')
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
-_SEE = re.compile(r"""\bsee\(["']([\w-]+)["']\)""")
+_SEE = re.compile(r"""\bsee(?:_site)?\(["']([\w-]+)["'][,)]""")
 
 
 def where(example: Example) -> str:

@@ -395,7 +395,7 @@ async def test_a_closed_pool_says_so(db: PoolManager) -> None:
         r" \(\w+, thread \"MainThread\"\)\."
         r" Used at tests/integration/test_close\.py:\d+ in task \"[^\"]+\" on loop"
         r" \d+ \(\w+, thread \"MainThread\"\) to acquire a connection\.\n"
-        r"HINT:  open\(\) opens it again\. See https://\S+#closed",
+        r"HINT:  open\(\) opens it again\. See https://\S+#closed or run: .+ closed",
         str(caught.value),
     )
     assert isinstance(caught.value, PoolClosed)

@@ -42,6 +42,7 @@ from poolkeeper import (
 )
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._explain import find
+from poolkeeper.errors import DOCS
 from tests.support.programs import run_program
 from tests.support.server import PASSWORD
 
@@ -66,7 +67,8 @@ def masked(text: str) -> str:
         (r'task "[^"]+"', "TASK"),
         (r"server process \d+", "server process N"),
         (r"\d+ attempts?", "N attempts"),
-        (r"https://poolkeeper\.readthedocs\.io/errors", "DOCS"),
+        (rf"{re.escape(DOCS)}/errors#([\w-]+) or run: poolkeeper explain \1\b", r"DOCS#\1"),
+        (rf"{re.escape(DOCS)}/errors#", "DOCS#"),
     ):
         text = re.sub(pattern, word, text)
     return text
@@ -324,7 +326,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
             """
             could not acquire a connection from pool "orders" within N s: all connections are in use
             DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE, held N s, in queries N s, idle (server process N). Why none of them came back in time is not known.
-            HINT:  Keep a connection only while it works: not across HTTP calls or streams. See DOCS#acquire-timeout
+            HINT:  Keep a connection only while it works: not across HTTP calls or streams. See DOCS#acquire-timeout or run: poolkeeper explain all-in-use
             """,  # noqa: E501
         )
         with pytest.raises(SelfDeadlockError) as deadlock:

@@ -19,6 +19,7 @@ from psycopg import AsyncConnection, IsolationLevel
 from psycopg.rows import DictRow, dict_row
 
 from poolkeeper import ConfigError, PoolManager
+from poolkeeper.errors import see
 
 
 async def callback(conn: Any) -> None: ...
@@ -98,7 +99,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(parameter: str, value: Any)
     assert error.parameter == parameter
     assert str(error).startswith(parameter)
     assert error.hint is not None
-    assert error.hint.endswith("See https://poolkeeper.readthedocs.io/errors#config")
+    assert error.hint.endswith(see("config"))
 
 
 def test_every_parameter_is_in_the_table() -> None:
@@ -161,9 +162,7 @@ def test_every_parameter_is_in_the_table() -> None:
 def test_the_error_says_what_would_work(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PoolManager(**arguments)
-    assert (
-        str(caught.value) == f"{text}\nHINT:  See https://poolkeeper.readthedocs.io/errors#config"
-    )
+    assert str(caught.value) == f"{text}\nHINT:  {see('config')}"
 
 
 @pytest.mark.parametrize("where", ["conninfo", "kwargs"])
@@ -341,7 +340,7 @@ def test_an_isolation_level_that_is_none_is_refused_before_a_connection_is_taken
         f"isolation cannot be {isolation!r}\n"
         'DETAIL:  It takes one of "read uncommitted", "read committed", "repeatable read",'
         ' "serializable", or an IsolationLevel.\n'
-        "HINT:  See https://poolkeeper.readthedocs.io/errors#config"
+        f"HINT:  {see('config')}"
     )
 
 

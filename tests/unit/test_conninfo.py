@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from poolkeeper import ConfigError, PoolManager
 from poolkeeper._conninfo import normalise, parse, server_key
+from poolkeeper.errors import see
 
 SECRET = "sEcr3t"
 
@@ -206,7 +207,7 @@ def test_what_is_wrong_is_said_as_far_as_it_is_safe(conninfo: str, message: str)
     assert str(caught.value) == (
         f"{message}\nHINT:  Give a URL (postgresql://user:password@host:5432/dbname, with"
         " %-escapes for special characters) or a string of keywords (host=… dbname=…)."
-        " See https://poolkeeper.readthedocs.io/errors#config"
+        f" {see('config')}"
     )
 
 

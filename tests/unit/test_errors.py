@@ -244,5 +244,8 @@ def test_a_timeout_has_no_more_attributes_than_others() -> None:
         _ = error.nothing  # type: ignore[attr-defined]
 
 
-def test_a_hint_sends_to_the_docs() -> None:
-    assert errors.see("closed") == "See https://poolkeeper.readthedocs.io/errors#closed"
+def test_a_hint_sends_to_the_docs_and_names_the_command_that_needs_no_network() -> None:
+    closed = "See https://poolkeeper.readthedocs.io/errors#closed"
+    assert errors.see_site("closed") == closed
+    assert errors.see("closed") == f"{closed} or run: poolkeeper explain closed"
+    assert errors.see("closed", "fork") == f"{closed} or run: poolkeeper explain fork"

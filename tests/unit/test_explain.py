@@ -25,7 +25,7 @@ ANCHORS = sorted(
     {
         anchor
         for module in PACKAGE.rglob("*.py")
-        for anchor in re.findall(r"""\bsee\(["']([\w-]+)["']\)""", module.read_text())
+        for anchor in re.findall(r"""\bsee(?:_site)?\(["']([\w-]+)["'][,)]""", module.read_text())
     }
 )
 CLASSES = [
