@@ -1303,8 +1303,6 @@ class BoundPool(_compat.TellingPool[ACT]):
         if cancelling:
             self._between.now(session, "waiting for a request to cancel")
             dangerous = not await _have_ended(cancelling)
-        if isinstance(conn, RevokedConnection):
-            return  # its life is over, and another one may have begun
         pgconn = conn.pgconn
         if dangerous:
             pgconn.finish()
@@ -1334,6 +1332,8 @@ class BoundPool(_compat.TellingPool[ACT]):
                 logger.warning('pool "%s": error ignored in rollback: %s', self.name, in_words(ex))
             finally:
                 timer.cancel()
+        if isinstance(conn, RevokedConnection):
+            return  # its life is over, and another one may have begun
         if self._oversized and self._is_surplus():
             _compat.forget_connections(self, 1)
             self.dismiss(conn)
@@ -1394,6 +1394,9 @@ class BoundPool(_compat.TellingPool[ACT]):
         except Exception as ex:
             # It writes what it is told into its log, as it is.
             raise psycopg.OperationalError(in_words(ex)) from ex
+        finally:
+            if isinstance(conn, RevokedConnection):
+                raise _LifeIsOver  # or it would be replaced, in the life that may have begun
 
     async def _put_in_order(self, conn: Any) -> None:
         session: Session = conn._session
@@ -1754,6 +1757,10 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._idle.clear()
         if checks := [self._check_idle(conn) for conn in idle]:
             await asyncio.wait(checks)
+
+
+class _LifeIsOver(BaseException):
+    """Ends a release; psycopg_pool goes on after any other exception, a cancellation too."""
 
 
 class CheckoutContext(AbstractAsyncContextManager[ACT]):

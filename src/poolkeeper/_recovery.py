@@ -204,6 +204,8 @@ class Connector:
             await self._pool.make_connection()
         except Exception as ex:
             self._ended(asyncio.current_task())
+            if self._stopped:
+                return  # of no concern to the life that may have begun
             self._was_heard()
             if self._login_seconds is None and attempt.function is None:
                 self._login_seconds = 0.0  # the server was heard of

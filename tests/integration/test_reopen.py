@@ -372,6 +372,41 @@ def test_a_connection_of_a_dead_loop_cannot_come_back(dsn: str) -> None:
     asyncio.run(second(asyncio.run(first())))
 
 
+async def test_callbacks_that_outlive_their_life_are_of_no_concern_to_the_next(
+    make_manager: MakeManager,
+) -> None:
+    """They take no notice of being cancelled: as many connections as before, and no failure."""
+    goes_on = asyncio.Event()
+    goes_on.set()
+
+    async def stubborn(_conn: Any) -> None:
+        while not goes_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await goes_on.wait()
+
+    manager = make_manager(min_size=1, max_size=2, configure=stubborn, reset=stubborn, timeout=10)
+    await manager.open()
+
+    async def until_in(callback: str) -> None:
+        async with asyncio.timeout(10):
+            while callback not in [step.doing for step in manager.snapshot().steps]:
+                await asyncio.sleep(0.01)
+
+    goes_on.clear()
+    async with manager.connection():
+        second = asyncio.create_task(manager.fetchval("select 1"))  # makes the pool grow
+        await until_in("in the configure callback")
+        second.cancel()
+    await until_in("in the reset callback")
+    await manager.close(timeout=0)
+    opening = asyncio.create_task(manager.open())
+    await until_in("in the configure callback")
+    goes_on.set()
+    await opening
+    await asyncio.sleep(0.2)
+    assert manager.pool.counts() == {"total": 1, "in_use": 0, "idle": 1, "max": 2, "waiting": 0}
+
+
 async def test_reopening_after_the_server_ended_the_sessions(
     make_manager: MakeManager, dsn: str
 ) -> None:
