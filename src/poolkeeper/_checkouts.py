@@ -472,7 +472,7 @@ class Checkout:
         self.used = self.reported = False
         """True once anything was asked of the server; once it was logged as a suspected leak."""
         self.left_in = 0
-        """libpq's transaction status after the last exchange; 0: no transaction is open."""
+        """libpq's transaction status after the last exchange; 0: nothing can be lost."""
         self.failed_later = False
         """True if the transaction has failed, and not by the first thing that was asked in it."""
         self.stack: traceback.StackSummary | None = None

@@ -255,7 +255,19 @@ class BoundConnection(AsyncConnection[Any]):
         if not self._binding.is_here():
             # In a forked child this would end the parent's session.
             raise self._binding.mismatch("close one of its connections")
+        self._give_work_up()
         await super().close()
+
+    @override
+    async def rollback(self) -> None:
+        if self.closed:
+            self._give_work_up()
+        await super().rollback()
+
+    def _give_work_up(self) -> None:
+        """Note that nothing is lost any more: what was not committed is not meant to be."""
+        if (checkout := self._checkout) is not None:
+            checkout.left_in = IDLE
 
     def __del__(self, *args: Any) -> None:
         session: Session | None = vars(self).get("_session")

@@ -21,6 +21,7 @@ from .errors import LostWorkError, see
 
 logger = logging.getLogger("poolkeeper")
 
+IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 
@@ -29,8 +30,8 @@ def raise_if_lost(conn: Any) -> None:
     """
     Raise if *conn* was lost in the middle of a transaction, and its block ends all the same.
 
-    Not if its user has closed it, or has lost nothing by its end: the last that is known of it
-    is that all was committed, or that it may not write.
+    Not if its user has closed it or rolled back, before the loss or after, or has lost nothing by
+    its end: the last that is known of it is that all was committed, or that it may not write.
 
     Raises:
         LostWorkError: With the line where it was acquired.
@@ -49,6 +50,11 @@ def raise_if_lost(conn: Any) -> None:
         )
     if left == INERROR and checkout.failed_later:
         warn_of_failed(conn._binding.name, checkout)
+
+
+def note_begun(conn: Any) -> None:
+    """Note that a transaction was begun on *conn*, and nothing done in it so far."""
+    conn._checkout.left_in = IDLE
 
 
 def has_failed(conn: Any) -> bool:

@@ -669,6 +669,7 @@ async def _transaction(
             await conn.set_deferrable(deferrable)
         failed = False
         async with conn.transaction():
+            _lost_work.note_begun(conn)
             yield conn
             failed = _lost_work.has_failed(conn)
         if failed:  # so its COMMIT was a roll-back

@@ -128,6 +128,23 @@ async def test_who_has_committed_before_is_told_nothing(
     assert warnings(caplog) == []
 
 
+async def test_who_gives_up_the_work_that_is_lost_is_told_nothing(
+    one: PoolManager[Any], table: str, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with one.connection() as conn:
+        await conn.execute(f"insert into {table} values (1)")
+        await lose(conn, dsn)
+        await conn.close()
+    async with one.connection() as conn:
+        await conn.execute(f"insert into {table} values (1)")
+        await lose(conn, dsn)
+        with pytest.raises(psycopg.OperationalError):
+            await conn.rollback()
+    async with one.transaction() as conn:
+        await lose(conn, dsn)  # before anything was done
+    assert warnings(caplog) == []
+
+
 async def test_an_error_that_ends_the_block_is_the_error(
     one: PoolManager[Any], table: str, dsn: str
 ) -> None:
@@ -169,6 +186,9 @@ async def test_a_statement_that_fails_by_itself_loses_nothing(
     async with one.connection() as conn:
         await conn.execute(f"insert into {table} values (1)")
     async with one.connection() as conn:
+        with contextlib.suppress(psycopg.errors.UniqueViolation):
+            await conn.execute(f"insert into {table} values (1)")
+    async with one.transaction() as conn:
         with contextlib.suppress(psycopg.errors.UniqueViolation):
             await conn.execute(f"insert into {table} values (1)")
     async with one.connection() as conn:
