@@ -64,9 +64,9 @@ matrix:  ## the suite on every Python there is, uvloop, debug mode, oldest depen
 	@scripts/venv dev
 	$(RUN) -m nox --session tests $(ARGS)
 
-bench:  ## benchmarks beside other pools, into docs/; SLOW=1 for the outages too
+bench:  ## benchmarks beside other pools, into docs/; SLOW=1 for outages too, ONLY=fastapi for a part
 	@scripts/venv bench
-	$(RUN) -m benchmarks $(if $(SLOW),--slow) $(ARGS)
+	$(RUN) -m benchmarks $(if $(SLOW),--slow) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 build:  ## wheel and sdist, in dist/
 	@scripts/venv test

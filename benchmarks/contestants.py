@@ -6,15 +6,23 @@ from contextlib import AbstractAsyncContextManager
 from importlib.util import find_spec
 from typing import Any, ClassVar, Self
 
+from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
 
+from .contests import ASYNCPG, AUTOCOMMIT, BARE, OURS, SQLALCHEMY
+
+QUERY, PARAMETERS = "select %s::int4 as id, 'x' as name", (7,)
+
 
 class Contestant:
     """
-    One pool of *size* connections. `connection()` acquires one, `query()` fetches one row.
+    One pool of *size* connections.
+
+    `connection()` acquires one; `block()` fetches a row in a transaction, `query()` the shortest
+    way that the library's documentation shows.
 
     Args:
         dsn: The server.
@@ -39,6 +47,9 @@ class Contestant:
     def connection(self) -> AbstractAsyncContextManager[Any]:
         raise NotImplementedError
 
+    async def block(self) -> Any:
+        raise NotImplementedError
+
     async def query(self) -> Any:
         raise NotImplementedError
 
@@ -54,13 +65,19 @@ class Contestant:
 
 
 class Bare(Contestant):
-    name = "psycopg_pool"
+    name = BARE
     needs = "psycopg_pool"
+    kwargs: ClassVar[dict[str, Any]] = {}
 
     async def open(self) -> None:
         patience = {} if self.timeout is None else {"timeout": self.timeout}
         self.pool = AsyncConnectionPool(
-            self.dsn, min_size=self.size, max_size=self.size, open=False, **patience
+            self.dsn,
+            kwargs=self.kwargs,
+            min_size=self.size,
+            max_size=self.size,
+            open=False,
+            **patience,
         )
         self.connection = self.pool.connection  # type: ignore[method-assign]
         await self.pool.open(wait=True, timeout=self.timeout or 30.0)
@@ -68,14 +85,41 @@ class Bare(Contestant):
     async def close(self) -> None:
         await self.pool.close()
 
-    async def query(self) -> Any:
+    async def block(self) -> Any:
         async with self.pool.connection() as conn:
-            cursor = await conn.execute("select %s::int4 as id, 'x' as name", (7,))
+            cursor = await conn.execute(QUERY, PARAMETERS)
             return await cursor.fetchone()
+
+    query = block
+
+
+class Autocommit(Bare):
+    """The least that a query can cost with psycopg_pool: no transaction, for all who use it."""
+
+    name = AUTOCOMMIT
+    kwargs: ClassVar[dict[str, Any]] = {"autocommit": True}
+
+
+class Held:
+    """No pool: one of psycopg's connections, which is held all the time."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+
+    async def __aenter__(self) -> Self:
+        self.conn = await AsyncConnection.connect(self.dsn, autocommit=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.conn.close()
+
+    async def query(self) -> Any:
+        cursor = await self.conn.execute(QUERY, PARAMETERS)
+        return await cursor.fetchone()
 
 
 class Poolkeeper(Contestant):
-    name = "poolkeeper"
+    name = OURS
     needs = "poolkeeper"
 
     async def open(self) -> None:
@@ -87,19 +131,19 @@ class Poolkeeper(Contestant):
     async def close(self) -> None:
         await self.pool.close()
 
-    async def query(self) -> Any:
-        return await self.pool.fetchone("select %s::int4 as id, 'x' as name", (7,))
-
-    async def query_in_block(self) -> Any:
-        """Fetch one row as with psycopg_pool, in a transaction."""
+    async def block(self) -> Any:
         async with self.pool.connection() as conn:
-            cursor = await conn.execute("select %s::int4 as id, 'x' as name", (7,))
+            cursor = await conn.execute(QUERY, PARAMETERS)
             return await cursor.fetchone()
+
+    async def query(self) -> Any:
+        return await self.pool.fetchone(QUERY, PARAMETERS)
 
 
 class Asyncpg(Contestant):
-    name = "asyncpg"
+    name = ASYNCPG
     needs = "asyncpg"
+    _statement = QUERY.replace("%s", "$1")
 
     async def open(self) -> None:
         import asyncpg
@@ -119,15 +163,19 @@ class Asyncpg(Contestant):
     async def close(self) -> None:
         await self.pool.close()
 
+    async def block(self) -> Any:
+        async with self.pool.acquire() as conn, conn.transaction():
+            return await conn.fetchrow(self._statement, *PARAMETERS)
+
     async def query(self) -> Any:
-        return await self.pool.fetchrow("select $1::int4 as id, 'x' as name", 7)
+        return await self.pool.fetchrow(self._statement, *PARAMETERS)
 
     async def backend_pid(self, conn: Any) -> int:
         return int(conn.get_server_pid())
 
 
 class SQLAlchemy(Contestant):
-    name = "SQLAlchemy"
+    name = SQLALCHEMY
     needs = "sqlalchemy"
 
     async def open(self) -> None:
@@ -147,15 +195,20 @@ class SQLAlchemy(Contestant):
         self.pool = create_async_engine(url, pool_size=self.size, max_overflow=0, **patience)
         self.connection = self.pool.connect  # type: ignore[method-assign]
         self._statement = text("select cast(:id as int4) as id, 'x' as name")
+        self._parameters = {"id": PARAMETERS[0]}
         async with self.pool.connect():
             pass
 
     async def close(self) -> None:
         await self.pool.dispose()
 
+    async def block(self) -> Any:
+        async with self.pool.begin() as conn:
+            return (await conn.execute(self._statement, self._parameters)).one()
+
     async def query(self) -> Any:
         async with self.pool.connect() as conn:
-            return (await conn.execute(self._statement, {"id": 7})).one()
+            return (await conn.execute(self._statement, self._parameters)).one()
 
     async def backend_pid(self, conn: Any) -> int:
         raw = await conn.get_raw_connection()

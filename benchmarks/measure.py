@@ -1,5 +1,5 @@
 """
-Measure everything on one event loop, and print it as JSON.
+Measure what the pools do beside the contests, on one event loop, and print it as JSON.
 
 Run by ``python -m benchmarks`` in a process for each loop.
 """
@@ -17,7 +17,7 @@ import timeit
 import tracemalloc
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -29,8 +29,10 @@ from psycopg.conninfo import make_conninfo
 from poolkeeper import LoopMismatchError, OpenError, PoolManager
 from poolkeeper._embedded import EmbeddedServer
 
-from .contestants import Bare, Contestant, Poolkeeper, installed
-from .timing import Samples, Work, interleave
+from .contestants import Bare, Contestant, installed
+from .contests import LOOPS
+from .timing import Samples, interleave, runner
+from .works import by_many, held_for_a_turn
 
 PATIENCE = 300.0
 """Seconds that a task waits for a connection where the wait itself is measured."""
@@ -44,10 +46,8 @@ GIVE_UP = 100.0
 class Scale:
     """How much is measured."""
 
-    rounds: int
-    seconds: float  # each sample
     growth_rounds: int
-    growth_seconds: float
+    growth_seconds: float  # each sample
     tasks: tuple[int, ...]
     sizes: tuple[int, ...]
     waiters: int
@@ -55,78 +55,11 @@ class Scale:
     outages: tuple[float, ...]
 
 
-NORMAL = Scale(25, 0.06, 3, 0.02, (1, 8, 64, 1000, 10_000), (4, 16), 10_000, 5, ())
-QUICK = Scale(1, 0.001, 1, 0.001, (1, 8, 64), (4,), 100, 1, ())
-SLOW = (8.0, 60.0)
+NORMAL = Scale(3, 0.02, (1, 8, 64, 1000, 10_000), (4, 16), 10_000, 5, (8.0, 60.0))
+QUICK = Scale(1, 0.001, (1, 8, 64), (4,), 100, 1, (1.0,))
 
 
-# --- what an acquire costs --------------------------------------------------------------------
-
-
-def alone(contestant: Contestant) -> Work:
-    """Acquire and release, nobody waiting."""
-
-    async def work(size: int, start: Callable[[], None]) -> int:
-        connection = contestant.connection
-        start()
-        for _ in range(size):
-            async with connection():
-                pass
-        return size
-
-    return work
-
-
-def crowd(contestant: Contestant, tasks: int) -> Work:
-    """Acquire, hold for one turn of the loop, release; in *tasks* tasks at once."""
-
-    async def one(gate: asyncio.Future[None], times: int) -> None:
-        connection = contestant.connection
-        await gate
-        for _ in range(times):
-            async with connection():
-                await asyncio.sleep(0)
-
-    async def work(size: int, start: Callable[[], None]) -> int:
-        times = -(-size // tasks)
-        gate = asyncio.get_running_loop().create_future()
-        all_done = asyncio.gather(*(one(gate, times) for _ in range(tasks)))
-        await asyncio.sleep(0)  # now they stand at the gate
-        start()
-        gate.set_result(None)
-        await all_done
-        return times * tasks
-
-    return work
-
-
-def repeat(query: Callable[[], Coroutine[Any, Any, Any]]) -> Work:
-    """Fetch one row, time and again."""
-
-    async def work(size: int, start: Callable[[], None]) -> int:
-        start()
-        for _ in range(size):
-            await query()
-        return size
-
-    return work
-
-
-async def costs(dsn: str, scale: Scale) -> dict[str, Samples]:
-    async with AsyncExitStack() as stack:
-        pools = [await stack.enter_async_context(c(dsn, 4, PATIENCE)) for c in installed()]
-        queries = {pool.name: repeat(pool.query) for pool in pools}
-        for pool in pools:
-            if isinstance(pool, Poolkeeper):
-                queries["poolkeeper, in a block"] = repeat(pool.query_in_block)
-        rows = {
-            "alone": {pool.name: alone(pool) for pool in pools},
-            "crowd": {pool.name: crowd(pool, 64) for pool in pools},
-            "query": queries,
-        }
-        return {
-            row: await interleave(works, scale.rounds, scale.seconds) for row, works in rows.items()
-        }
+# --- how the cost grows -----------------------------------------------------------------------
 
 
 async def growth(dsn: str, scale: Scale) -> dict[int, dict[int, Samples]]:
@@ -137,7 +70,7 @@ async def growth(dsn: str, scale: Scale) -> dict[int, dict[int, Samples]]:
             pools = [await stack.enter_async_context(c(dsn, size, PATIENCE)) for c in installed()]
             found[size] = {
                 tasks: await interleave(
-                    {pool.name: crowd(pool, tasks) for pool in pools},
+                    {pool.name: by_many(held_for_a_turn(pool), tasks) for pool in pools},
                     scale.growth_rounds,
                     scale.growth_seconds,
                 )
@@ -211,6 +144,10 @@ async def memory(dsn: str, scale: Scale) -> dict[str, float]:
             async with pool.connection():
                 found[pool.name] = await grown(wait)
     return found
+
+
+async def waiters(dsn: str, scale: Scale) -> dict[str, Any]:
+    return {"fairness": await fairness(dsn, scale), "memory": await memory(dsn, scale)}
 
 
 async def clean_hands(dsn: str, scale: Scale) -> dict[str, float]:
@@ -368,22 +305,32 @@ def _probe(dsn: str, accepted: list[float]) -> None:
             accepted.append(perf_counter())
 
 
+async def outages(dsn: str, scale: Scale) -> dict[float, dict[str, float | None]]:  # noqa: ARG001
+    """Return how late each pool serves, by how long a server was away."""
+    found = {}
+    for away in scale.outages:
+        found[away] = await outage(away)
+        _say(f"outage of {away:.0f} s: done")
+    return found
+
+
 # --- all of it --------------------------------------------------------------------------------
 
-
-async def measure(dsn: str, scale: Scale) -> dict[str, Any]:
-    """Return everything, by the name of what measures it."""
-    found: dict[str, Any] = {"scale": asdict(scale)}
+MEASUREMENTS: dict[str, Callable[[str, Scale], Coroutine[Any, Any, Any]]] = {
+    measurement.__name__.replace("_", "-"): measurement
     for measurement in (
-        costs, growth, fairness, memory, clean_hands, cross_loop, wrong_role, killed,
-    ):  # fmt: skip
+        growth, waiters, clean_hands, cross_loop, wrong_role, killed, outages,
+    )
+}  # fmt: skip
+
+
+async def measure(dsn: str, scale: Scale, wanted: list[str]) -> dict[str, Any]:
+    """Return what was measured, by the name of what measures it."""
+    found: dict[str, Any] = {"scale": asdict(scale)}
+    for name in wanted:
         begin = perf_counter()
-        found[measurement.__name__] = await measurement(dsn, scale)
-        _say(f"{measurement.__name__}: {perf_counter() - begin:.0f} s")
-    found["outage"] = {}
-    for away in scale.outages:
-        found["outage"][away] = await outage(away)
-        _say(f"outage of {away:.0f} s: done")
+        found[name] = await MEASUREMENTS[name](dsn, scale)
+        _say(f"{name}: {perf_counter() - begin:.0f} s")
     return found
 
 
@@ -394,23 +341,16 @@ def _say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure")
     parser.add_argument("--dsn", required=True)
-    parser.add_argument("--loop", required=True, choices=["asyncio", "uvloop"])
+    parser.add_argument("--loop", required=True, choices=LOOPS)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("wanted", nargs="+", choices=MEASUREMENTS)
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else NORMAL
-    if arguments.slow:
-        scale = replace(scale, outages=SLOW)
     # What the pools log about the faults made here is no news.
     for name in ("psycopg", "psycopg.pool", "poolkeeper", "sqlalchemy", "asyncpg"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    factory = None
-    if arguments.loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        json.dump(runner.run(measure(arguments.dsn, scale)), sys.stdout)
+    with runner(arguments.loop) as run:
+        json.dump(run.run(measure(arguments.dsn, scale, arguments.wanted)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .contestants import EVERY
+from .contests import BARE, BY_HAND, FASTAPI, LOOPS, OURS, STAGES, Stage, Target
+from .load import CLIENTS
 from .storm import HELD
-from .timing import Samples, quartiles, ratios
+from .timing import quartiles, ratios
 
 NAMES = [contestant.name for contestant in EVERY]
-BARE, OURS = "psycopg_pool", "poolkeeper"
 
 Results = dict[str, Any]
 
@@ -25,21 +26,51 @@ class Outcome:
     """One target on one loop: what was measured, and whether that will do. None: not measured."""
 
     text: str
-    met: bool | None
+    reached: bool | None
 
     def __str__(self) -> str:
-        verdict = {True: "met", False: "**not met**", None: ""}[self.met]
+        verdict = {True: "reached", False: "**not reached**", None: ""}[self.reached]
         return f"{self.text} {verdict}".strip()
 
 
+@dataclass(frozen=True)
+class Row:
+    """One target: what was to be reached, how much of it, and the outcome on each loop."""
+
+    what: str
+    limit: str
+    outcomes: list[Outcome]
+
+    @property
+    def measured(self) -> bool:
+        """Whether it was, on any loop."""
+        return any(outcome not in (NOT_MEASURED, NOWHERE) for outcome in self.outcomes)
+
+
 NOT_MEASURED = Outcome("not measured", None)
+NOWHERE = Outcome("–", None)
+"""Says nothing on this loop."""
 
 
-def _ratio(samples: Samples, name: str, against: str, limit: float) -> Outcome:
-    if against not in samples:
-        return Outcome(f"{against} is not installed", None)
-    values = ratios(samples, name, against)
-    return Outcome(f"{spread(values)} ×", quartiles(values)[1] <= limit)
+def _compared(result: Results, stage: Stage, contest: str, target: Target) -> Outcome:
+    if result["loop"] not in stage.loops:
+        return NOWHERE
+    samples = result.get("contests", {}).get(contest)
+    if not samples:
+        return NOT_MEASURED
+    for name in (target.ours, target.against):
+        if name not in samples:
+            return Outcome(f"{name} is not installed", None)
+    values = compared(samples, target.ours, target.against, target.figure)
+    reached = target.reached(quartiles(values)[1], result["loop"])
+    return Outcome(f"{spread(values)} ×", reached)
+
+
+def compared(samples: Any, name: str, against: str, figure: str) -> list[float]:
+    """Return the ratio of two contestants, round by round."""
+    if figure == "rate":
+        return compared(samples, against, name, "wall")
+    return ratios({each: samples[each][figure] for each in (name, against)}, name, against)
 
 
 def _after_answer(found: Results, name: str) -> float:
@@ -48,21 +79,33 @@ def _after_answer(found: Results, name: str) -> float:
     return max(0.0, statistics.median(ours - server for ours, server in pairs))
 
 
+def _cross_loop(found: list[float]) -> Outcome:
+    rejected = statistics.median(found)
+    return Outcome(f"{rejected * 1e6:.0f} µs", rejected <= 50e-6)
+
+
 def _wrong_role(found: Results) -> Outcome:
     late = _after_answer(found, OURS)
     cause = "cause named" if found["cause"] else "cause not named"
     return Outcome(f"{late * 1e3:.1f} ms, {cause}", late <= 0.1 and found["cause"])
 
 
-def _outage(found: dict[str, Any], away: str) -> Outcome:
-    if away not in found:
-        return NOT_MEASURED
-    late = found[away][OURS]
-    return Outcome(_late(late), late is not None and late <= 1.0)
+def _killed(found: dict[str, int]) -> Outcome:
+    return Outcome(f"{found[OURS]} fail", found[OURS] == 0)
 
 
-def _storm(found: dict[str, float]) -> Outcome:
-    stall, memory, told = found["stall"], found["memory"], found["told"]
+def _outage(away: str) -> Callable[[Any], Outcome]:
+    def outcome(found: dict[str, Any]) -> Outcome:
+        if away not in found:
+            return NOT_MEASURED
+        late = found[away][OURS]
+        return Outcome(_late(late), late is not None and late <= 1.0)
+
+    return outcome
+
+
+def _storm(found: dict[str, Any]) -> Outcome:
+    stall, memory, told = (found[OURS][part] for part in ("stall", "memory", "told"))
     text = f"{stall:.2f} s, {memory:.0f} MiB, {_share(told)}"
     return Outcome(text, stall <= 0.3 and memory <= 40 and told == 1)
 
@@ -76,59 +119,46 @@ def _import(found: Results) -> Outcome:
     loaded = ", ".join(found["frameworks"]) or "none"
     least = min(found["seconds"]) * 1e3
     text = f"{late * 1e3:.1f} ms (min {least:.1f}), frameworks: {loaded}"
-    return Outcome(text, late <= 0.01 and loaded == "none")
+    return Outcome(text, late <= 0.006 and loaded == "none")
 
 
-def targets(result: Results) -> list[tuple[str, str, Outcome]]:
-    """Return what was to be reached, how much of it, and what was measured on one loop."""
-    cost = result["costs"]
-    rejected = statistics.median(result["cross_loop"])
-    failed = result["killed"][OURS]
-    return [
-        ("acquire + release, nobody waiting", "≤ 0.65 ×", _ratio(cost["alone"], OURS, BARE, 0.65)),
-        (
-            "acquire + release, 64 tasks on 4 connections",
-            "≤ 0.40 ×",
-            _ratio(cost["crowd"], OURS, BARE, 0.40),
-        ),
-        ("one row with `fetchone()`", "≤ 0.55 ×", _ratio(cost["query"], OURS, BARE, 0.55)),
-        (
-            "one row with `fetchone()`, beside asyncpg's `pool.fetchrow()`",
-            "< 1 × asyncpg",
-            _ratio(cost["query"], OURS, "asyncpg", 1.0),
-        ),
-        (
-            "acquire on another loop, rejected in",
-            "≤ 50 µs",
-            Outcome(f"{rejected * 1e6:.0f} µs", rejected <= 50e-6),
-        ),
-        (
-            "`open()` with a wrong role, after the server answered",
-            "≤ 100 ms, cause named",
-            _wrong_role(result["wrong_role"]),
-        ),
-        (
-            "all idle connections killed, then 20 requests",
-            "0 fail",
-            Outcome(f"{failed} fail", failed == 0),
-        ),
-        (
-            "server away for 8 s, served again after",
-            "≤ 1 s",
-            _outage(result["outage"], "8.0"),
-        ),
-        (
-            "server away for 60 s, served again after",
-            "≤ 1 s",
-            _outage(result["outage"], "60.0"),
-        ),
-        (
-            "10,000 tasks that give up together: the loop stands still, memory, the true cause",
-            "≤ 0.3 s, ≤ 40 MiB, all",
-            _storm(result["storm"][OURS]),
-        ),
-        ("`import poolkeeper` over `import psycopg_pool`", "≤ 10 ms", _import(result["import"])),
+OTHER_TARGETS: tuple[tuple[str, str, str, Callable[[Any], Outcome]], ...] = (
+    ("acquire on another loop, rejected in", "≤ 50 µs", "cross-loop", _cross_loop),
+    (
+        "`open()` with a wrong role, after the server answered",
+        "≤ 100 ms, cause named",
+        "wrong-role",
+        _wrong_role,
+    ),
+    ("all idle connections killed, then 20 requests", "0 fail", "killed", _killed),
+    ("server away for 8 s, served again after", "≤ 1 s", "outages", _outage("8.0")),
+    ("server away for 60 s, served again after", "≤ 1 s", "outages", _outage("60.0")),
+    (
+        "10,000 tasks that give up together: the loop stands still, memory, the true cause",
+        "≤ 0.3 s, ≤ 40 MiB, all",
+        "storm",
+        _storm,
+    ),
+    ("`import poolkeeper` over `import psycopg_pool`", "≤ 6 ms", "import", _import),
+)
+
+
+def targets(results: Sequence[Results]) -> list[Row]:
+    """Return what was to be reached, and what was measured on each loop."""
+    rows = [
+        Row(
+            target.what,
+            target.limit,
+            [_compared(result, stage, name, target) for result in results],
+        )
+        for stage in STAGES.values()
+        for name, contest in stage.contests.items()
+        for target in contest.targets
     ]
+    for what, limit, part, judge in OTHER_TARGETS:
+        outcomes = [judge(result[part]) if part in result else NOT_MEASURED for result in results]
+        rows.append(Row(what, limit, outcomes))
+    return rows
 
 
 # --- how numbers are written --------------------------------------------------------------------
@@ -162,20 +192,37 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --- the page -----------------------------------------------------------------------------------
 
 
-def _costs(result: Results) -> str:
+def _contests(result: Results, stages: Iterable[Stage]) -> str:
     rows = []
-    for title, samples in (
-        ("nobody waiting", result["costs"]["alone"]),
-        ("64 tasks on 4 connections", result["costs"]["crowd"]),
-        ("one row", result["costs"]["query"]),
-    ):
-        for name in [*NAMES, "poolkeeper, in a block"]:
-            if name in samples:
-                ratio = spread(ratios(samples, name, BARE)) if name != BARE else "1"
-                rows.append((title, name, _micro(samples[name]), ratio))
-            elif name in NAMES:
-                rows.append((title, name, "not installed", ""))
-    return _table(("what", "pool", "µs", "× psycopg_pool"), rows)
+    for stage in stages:
+        for contest, about in stage.contests.items():
+            samples = result["contests"].get(contest, {})
+            for name in [name for name in stage.contestants if name in samples]:
+                ratio = (
+                    spread(compared(samples, name, BARE, figure)) if name != BARE else "1"
+                    for figure in ("cpu", "wall")
+                )
+                each = (_micro(samples[name][figure]) for figure in ("cpu", "wall"))
+                rows.append((about.title, name, *each, *ratio))
+    return _table(("what", "with", "µs of CPU", "µs", "CPU ×", "time ×"), rows)
+
+
+def _pools(result: Results) -> str:
+    return _contests(result, (stage for stage in STAGES.values() if stage.module == "pools"))
+
+
+def _clients(result: Results) -> str:
+    return _contests(result, (stage for stage in STAGES.values() if stage.module == "clients"))
+
+
+def _endpoints(result: Results) -> str:
+    samples = result["contests"]["fastapi"]
+    rows = []
+    for name in samples:
+        rate = 1 / statistics.median(samples[name]["wall"])
+        ratio = spread(compared(samples, name, BY_HAND, "rate")) if name != BY_HAND else "1"
+        rows.append((name, number(rate), ratio, _micro(samples[name]["cpu"])))
+    return _table(("endpoint", "requests/s", "×", "µs of uvicorn's CPU"), rows)
 
 
 def _growth(result: Results) -> str:
@@ -192,20 +239,19 @@ def _growth(result: Results) -> str:
 
 
 def _waiters(result: Results) -> str:
+    fairness, memory = result["waiters"]["fairness"], result["waiters"]["memory"]
     rows = []
     for name in NAMES:
-        if name not in result["fairness"]:
-            rows.append((name, "not installed", "", "", "", ""))
+        if name not in fairness:
             continue
-        found = result["fairness"][name]
-        size = result["memory"][name]
+        found, size = fairness[name], memory[name]
         rows.append((
             name,
             f"{found['seconds']:.2f} s",
             f"{found['median']:.2f} s",
             f"{found['max'] / found['median']:.2f}",
             f"{found['out_of_turn']:,}",
-            f"{size:,.0f} ({size - result['memory']['future']:,.0f})",
+            f"{size:,.0f} ({size - memory['future']:,.0f})",
         ))  # fmt: skip
     return _table(
         ("pool", "all served in", "median wait", "longest / median", "out of turn", "bytes"), rows
@@ -221,32 +267,32 @@ def _storms(result: Results) -> str:
 
 
 def _faults(result: Results) -> str:
-    role = result["wrong_role"]
-    columns = ["pool", "wrong role", "of 20 requests fail"]
-    outages = result["outage"]
-    columns += [f"late after {float(away):.0f} s" for away in outages]
-    rows = []
-    for name in NAMES:
-        if name not in result["killed"]:
-            rows.append((name, "not installed", "", *("" for _ in outages)))
-            continue
-        seconds = statistics.median(role[name])
-        told = (
-            "all of its timeout"
-            if name == BARE and seconds >= role["bound"]
-            else f"{_after_answer(role, name) * 1e3:.1f} ms"
-        )
-        rows.append((
-            name,
-            told,
-            str(result["killed"][name]),
-            *(_late(late[name]) for late in outages.values()),
-        ))  # fmt: skip
-    return _table(columns, rows)
+    role, fail, outages = (result.get(part, {}) for part in ("wrong-role", "killed", "outages"))
+    columns = {
+        "wrong role": (role, lambda name: _refused(role, name)),
+        "of 20 requests fail": (fail, lambda name: str(fail[name])),
+        **{
+            f"late after {float(away):.0f} s": (late, lambda name, late=late: _late(late[name]))
+            for away, late in outages.items()
+        },
+    }
+    measured = {title: column for title, column in columns.items() if column[0]}
+    rows = [
+        (name, *(cell(name) for _, cell in measured.values()))
+        for name in NAMES
+        if all(name in found for found, _ in measured.values())
+    ]
+    return _table(("pool", *measured), rows)
+
+
+def _refused(role: Results, name: str) -> str:
+    if name == BARE and statistics.median(role[name]) >= role["bound"]:
+        return "all of its timeout"
+    return f"{_after_answer(role, name) * 1e3:.1f} ms"
 
 
 def _clean_hands(result: Results) -> str:
-    cost = {name: seconds * 1e6 for name, seconds in result["clean_hands"].items()}
+    cost = {name: seconds * 1e6 for name, seconds in result["clean-hands"].items()}
     return _table(
         ("part", "µs for each release"),
         (
@@ -260,90 +306,131 @@ def _clean_hands(result: Results) -> str:
     )
 
 
-def _sections(results: Sequence[Results], render: Any) -> str:
-    return "\n\n".join(f"On {result['loop']}:\n\n{render(result)}" for result in results)
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; left out where none of *parts* was measured."""
+
+    title: str
+    about: str
+    parts: tuple[str, ...]
+    render: Callable[[Results], str]
+
+    def text(self, results: Sequence[Results]) -> str:
+        """Return it for each loop that it was measured on."""
+        tables = [
+            f"On {result['loop']}:\n\n{self.render(result)}"
+            for result in results
+            if any(part in result or part in result.get("contests", {}) for part in self.parts)
+        ]
+        return "\n\n".join([f"## {self.title}", self.about, *tables]) if tables else ""
 
 
-def page(results: Sequence[Results], facts: Sequence[str]) -> str:
-    """Return ``docs/benchmarks.md``."""
-    scale = results[0]["scale"]
-    judged = [targets(result) for result in results]
+SECTIONS = (
+    Section(
+        "Side by side",
+        """\
+Median and, in parentheses, smallest time of one operation; the ratios are to psycopg_pool in the same round.
+One task has CPU to compare: its wall time jumps with the machine's wake-ups.
+A block is in a transaction.
+A one-shot is what each library's documentation shows for one statement: `fetchone()` for poolkeeper, `pool.fetchrow()` for asyncpg, the block for psycopg_pool and SQLAlchemy.
+"psycopg_pool, autocommit" is a pool all of whose connections are in autocommit; "psycopg, held" is one connection and no pool.
+asyncpg asks the server to reset a connection at each release, which the others do not.""",  # noqa: E501
+        tuple(STAGES["pools"].contests),
+        _pools,
+    ),
+    Section(
+        "In libraries that are given a pool",
+        """\
+A procrastinate job is deferred and run; a LangGraph write is a checkpoint and what one task wrote; a psycopg-toolkit transaction reads a row through a repository.
+Each library is given psycopg_pool's pool or ours, and has the same work to do.""",  # noqa: E501
+        tuple(name for name, stage in STAGES.items() if stage.module == "clients"),
+        _clients,
+    ),
+    Section(
+        "FastAPI",
+        f"""\
+An endpoint that fetches one row, served by one process of uvicorn; {CLIENTS} clients ask as fast as they are answered, on the same machine.
+"By hand" is a lifespan that opens psycopg_pool's pool and `request.app.state.pool.connection()` in the endpoint, which the ratios are to.""",  # noqa: E501
+        tuple(FASTAPI.contests),
+        _endpoints,
+    ),
+    Section(
+        "How the cost grows",
+        f"""\
+![Cost of one acquire and release by number of tasks](benchmarks.svg)
+
+Each task acquires, holds for one turn of the loop, releases; µs for one of those.
+Here the pools take turns in one process, a few short rounds each, without the garbage collector.
+The plot shows {LOOPS[0]}.""",
+        ("growth",),
+        _growth,
+    ),
+    Section(
+        "Many who wait",
+        """\
+10,000 tasks ask at once for 10 connections and hold one for 1 ms.
+Where everybody is served in turn, the longest wait is at most about twice the median.
+"Out of turn" counts tasks served right after one that had asked later.
+Bytes are those of a task that waits, measured on a fifth as many; in parentheses without the task itself.""",  # noqa: E501
+        ("waiters",),
+        _waiters,
+    ),
+    Section(
+        "Many who give up together",
+        f"""\
+10,000 tasks wait for one of {HELD} connections, each held across something else, and their time is up together; each reads its error.
+The longest time that nothing else on the loop ran, and by how much the process grew while they were told; each pool in a process of its own.""",  # noqa: E501
+        ("storm",),
+        _storms,
+    ),
+    Section(
+        "When things go wrong",
+        """\
+"Wrong role" is how long opening takes to fail, less the time that the server takes to refuse; psycopg_pool was given 1 s, its default is 30 s.
+"Fail" is out of 20 requests after all 4 idle connections were killed.
+"Late" is from when the server accepts connections again to the first request served.""",  # noqa: E501
+        ("wrong-role", "killed", "outages"),
+        _faults,
+    ),
+    Section(
+        "What clean hands cost",
+        "Already part of every number above; no round trip.",
+        ("clean-hands",),
+        _clean_hands,
+    ),
+)
+
+
+def page(results: Sequence[Results], facts: Sequence[str], rounds: int, *, whole: bool) -> str:
+    """Return ``docs/benchmarks.md`` or, if not *whole*, as much of it as was measured."""
+    rows = [row for row in targets(results) if whole or row.measured]
+    every = [outcome for row in rows for outcome in row.outcomes]
+    reached = sum(outcome.reached is True for outcome in every)
+    missed = sum(outcome.reached is False for outcome in every)
     summary = _table(
         ("what", "to reach", *(result["loop"] for result in results)),
-        (
-            (what, limit, *(str(outcomes[row][2]) for outcomes in judged))
-            for row, (what, limit, _) in enumerate(judged[0])
-        ),
+        ((row.what, row.limit, *map(str, row.outcomes)) for row in rows),
     )
-    every = [outcome for outcomes in judged for _, _, outcome in outcomes]
-    met = sum(outcome.met is True for outcome in every)
-    missed = sum(outcome.met is False for outcome in every)
-    warning = "" if scale["rounds"] > 1 else "**A quick try: the numbers say nothing.**\n"
-    return f"""# Benchmarks
+    warning = "" if rounds > 1 else "**A quick try: the numbers say nothing.**\n"
+    introduction = f"""\
+# Benchmarks
 
 Written by `make bench`; do not edit.
-`make bench SLOW=1` measures the outages too.
+`make bench SLOW=1` measures the outages too, `make bench ONLY=fastapi` a part, which it only prints.
 {warning}
 Absolute times on a shared machine say little, ratios say more.
-The pools take turns in one process, in rounds of {scale["seconds"] * 1e3:.0f} ms each whose order rotates, so that what disturbs one disturbs all.
-A ratio is taken within each round; shown are the median of {scale["rounds"]} rounds and, in parentheses, the quartiles.
-The garbage collector is off while the clock runs.
+Each contestant has a process of its own, and they take turns, in an order that rotates, so that what disturbs one disturbs all.
+A ratio is taken within each round; shown are the median of {rounds} rounds and, in parentheses, the quartiles.
+CPU is `process_time()` of the contestant's process, that of PostgreSQL not included.
 poolkeeper runs with its defaults: every guard is on.
 
 {chr(10).join(f"- {fact}" for fact in facts)}
 
 ## Targets
 
-Ratios are against psycopg_pool's own `AsyncConnectionPool.connection()`, unless they say otherwise.
-{met} met, {missed} not met, {len(every) - met - missed} not measured.
+Limits that differ are those for {" / ".join(LOOPS)}.
+{reached} reached, {missed} not reached, {len(every) - reached - missed} not measured.
 
-{summary}
-
-## Side by side
-
-Median and smallest time of one operation.
-"One row" is what each library's documentation shows: a block in a transaction for psycopg_pool and SQLAlchemy, `fetchone()` for poolkeeper, `pool.fetchrow()` for asyncpg.
-"poolkeeper, in a block" is psycopg_pool's way, on poolkeeper.
-asyncpg asks the server to reset a connection at each release, which the others do not.
-
-{_sections(results, _costs)}
-
-## How the cost grows
-
-![Cost of one acquire and release by number of tasks](benchmarks.svg)
-
-Each task acquires, holds for one turn of the loop, releases; µs for one of those, the median of {scale["growth_rounds"]} rounds.
-The plot shows {results[0]["loop"]}.
-
-{_sections(results, _growth)}
-
-## Many who wait
-
-{scale["waiters"]:,} tasks ask at once for 10 connections and hold one for 1 ms.
-Where everybody is served in turn, the longest wait is at most about twice the median.
-"Out of turn" counts tasks served right after one that had asked later.
-Bytes are those of a task that waits, measured on a fifth as many; in parentheses without the task itself.
-
-{_sections(results, _waiters)}
-
-## Many who give up together
-
-{results[0]["storm"][OURS]["waiters"]:,} tasks wait for one of {HELD} connections, each held across something else, and their time is up together; each reads its error.
-The longest time that nothing else on the loop ran, and by how much the process grew while they were told; each pool in a process of its own.
-
-{_sections(results, _storms)}
-
-## When things go wrong
-
-"Wrong role" is how long opening takes to fail, less the time that the server takes to refuse; psycopg_pool was given {results[0]["wrong_role"]["bound"]:.0f} s, its default is 30 s.
-"Fail" is out of 20 requests after all 4 idle connections were killed.
-"Late" is from when the server accepts connections again to the first request served.
-
-{_sections(results, _faults)}
-
-## What clean hands cost
-
-Already part of every number above; no round trip.
-
-{_sections(results, _clean_hands)}
-"""  # noqa: E501
+{summary}"""  # noqa: E501
+    texts = (section.text(results) for section in SECTIONS)
+    return "\n\n".join([introduction, *filter(None, texts)]) + "\n"

@@ -15,9 +15,10 @@ import resource
 import sys
 from contextlib import AsyncExitStack, suppress
 from time import perf_counter
-from typing import Any
 
 from .contestants import EVERY, Contestant
+from .contests import LOOPS
+from .timing import runner
 
 HELD = 10
 """How many connections there are, each held by a task that waits for something else."""
@@ -77,21 +78,16 @@ async def measure(name: str, dsn: str, waiters: int, timeout: float) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.storm")
     parser.add_argument("--dsn", required=True)
-    parser.add_argument("--loop", required=True, choices=["asyncio", "uvloop"])
+    parser.add_argument("--loop", required=True, choices=LOOPS)
     parser.add_argument("--pool", required=True)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     for name in ("psycopg.pool", "poolkeeper"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    factory: Any = None
-    if arguments.loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
     waiters, timeout = (100, 1.5) if arguments.quick else (10_000, 3.0)
-    with asyncio.Runner(loop_factory=factory) as runner:
+    with runner(arguments.loop) as run:
         work = measure(arguments.pool, arguments.dsn, waiters, timeout)
-        json.dump({"waiters": waiters, **runner.run(work)}, sys.stdout)
+        json.dump({"waiters": waiters, **run.run(work)}, sys.stdout)
 
 
 if __name__ == "__main__":
