@@ -134,12 +134,12 @@ class Failure:
     def __init__(
         self, error: Exception, words: str, kind: str, advice: str, is_permanent: bool
     ) -> None:
-        self.words = words
-        self.error = error.with_traceback(None)
-        self.kind = kind
-        self.advice = advice
-        self.is_permanent = is_permanent
-        self.has_no_slot = kind == FULL
+        self.words: str = words
+        self.error: Exception = error.with_traceback(None)
+        self.kind: str = kind
+        self.advice: str = advice
+        self.is_permanent: bool = is_permanent
+        self.has_no_slot: bool = kind == FULL
 
 
 # --- of the user's own ------------------------------------------------------------------------

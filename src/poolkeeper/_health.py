@@ -97,9 +97,9 @@ class Question:
         )
         self._askers = 0
         self._conn: Any = None
-        self.is_open = True
+        self.is_open: bool = True
         """True while whoever comes may wait for the answer as well."""
-        self.beside = False
+        self.beside: bool = False
         """True once it is asked beside the pool."""
         self._task: asyncio.Task[None] = pool.start_own_task(self._ask, "check")
         self._task.add_done_callback(self._ended)

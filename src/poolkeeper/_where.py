@@ -145,9 +145,9 @@ class Behalf:
     __slots__ = ("f_back", "f_code", "f_lineno")
 
     def __init__(self, code: CodeType, frame: FrameType, lineno: int | None = None) -> None:
-        self.f_code = code
-        self.f_lineno = code.co_firstlineno if lineno is None else lineno
-        self.f_back = frame
+        self.f_code: CodeType = code
+        self.f_lineno: int = code.co_firstlineno if lineno is None else lineno
+        self.f_back: FrameType = frame
         """Who does it."""
 
 

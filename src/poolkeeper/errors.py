@@ -138,6 +138,8 @@ class OpenError(PoolkeeperError, PoolTimeout):
 class AcquireTimeout(PoolkeeperError, PoolTimeout):
     """No connection became free in time; ``__cause__`` is the last connect failure, if any."""
 
+    detail: str | None
+    hint: str | None
     diagnosis: _facts.Diagnosis | None
     """Why: the likely cause, its evidence and the snapshot it was made from."""
 

@@ -39,7 +39,7 @@ from ._shared import (
 
 __all__ = ["KEY", "LifespanMiddleware", "connection_from", "pool_from"]
 
-logger = logging.getLogger("poolkeeper")
+logger: logging.Logger = logging.getLogger("poolkeeper")
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]

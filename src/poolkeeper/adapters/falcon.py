@@ -165,7 +165,7 @@ def _give(resp: Response, answer: Answer) -> None:
     resp.data = answer.body
 
 
-livez = _Livez()
+livez: _Livez = _Livez()
 """
 A resource that answers 200: the process is alive.
 
@@ -174,7 +174,7 @@ For ``app.add_route("/livez", livez)``. Asks neither pool nor server.
 .. versionadded:: 0.1.0
 """
 
-readyz = _Readyz(details=False)
+readyz: _Readyz = _Readyz(details=False)
 """
 A resource that answers 200 if a query can run now, 503 with the reason if not, while the pool is
 exhausted too.
@@ -184,7 +184,7 @@ For ``app.add_route("/readyz", readyz)``. See `PoolManager.check()`.
 .. versionadded:: 0.1.0
 """
 
-readyz_details = _Readyz(details=True)
+readyz_details: _Readyz = _Readyz(details=True)
 """
 A resource that answers as `readyz` does, with the words of the server: they name hosts, users and
 databases.
