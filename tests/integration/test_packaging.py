@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import poolkeeper
+from poolkeeper import errors
 from poolkeeper._explain import PAGES
+from tests.docs.test_docs import anchors
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,3 +97,32 @@ def test_the_wheel_has_the_version_of_the_package_and_the_python_it_promises(
 ) -> None:
     assert metadata["Version"] == poolkeeper.__version__
     assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_the_wheel_says_who_made_it_and_where_it_lives(metadata: Message) -> None:
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
+    assert metadata["Author"] == "poolkeeper contributors"
+    assert set(urls) == {"Documentation", "Source", "Issues", "Changelog"}
+    assert errors.see("x").startswith(f"See {urls['Documentation']}")
+    assert all(
+        url.startswith(urls["Source"]) for name, url in urls.items() if name != "Documentation"
+    )
+
+
+def test_every_link_of_the_readme_is_absolute_and_leads_to_a_page_of_this_checkout(
+    metadata: Message,
+) -> None:
+    """On the index it stands alone: a relative link leads nowhere there."""
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
+    site, source = urls["Documentation"], f"{urls['Source']}/blob/main/"
+    links = re.findall(r"\]\(([^)\s]+)\)", str(metadata.get_payload()))
+    assert len(links) > 10
+    for link in links:
+        place, _, anchor = link.partition("#")
+        if place.startswith(source):
+            page = ROOT / place.removeprefix(source)
+        else:
+            assert place.startswith(site), link
+            page = ROOT / "docs" / f"{place.removeprefix(site) or 'index'}.md"
+        assert page.exists(), link
+        assert not anchor or anchor in anchors(page), link
