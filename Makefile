@@ -4,11 +4,12 @@
 # ARGS goes to the command:  make demo ARGS="--dsn postgresql://..."
 #                            make test ARGS="-x tests/unit"
 #                            make soak TIME=3600 SEED=1 LOOP=uvloop
+#                            make matrix SESSION=oldest
 
 PYTHON ?= python3
 export PYTHON
 
-RUN := .venv/bin/python
+RUN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 PYTEST := -m pytest -p tests.support.no_skips --no-skips
 # Most tests wait for a server or a timeout: more of them at once than there are cores.
 TOGETHER := -n 3 --dist loadfile
@@ -25,7 +26,7 @@ BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
 	print(f"branches alone: {percent:.2f} %"); \
 	sys.exit(percent < int(sys.argv[1]))
 
-.PHONY: help demo test check soak lint types matrix bench build clean
+.PHONY: help demo test check soak lint types matrix bench build verify dist clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -62,15 +63,24 @@ types:  ## mypy and pyright, both strict
 
 matrix:  ## the suite on every Python there is, uvloop, debug mode, oldest dependencies
 	@scripts/venv dev
-	$(RUN) -m nox --session tests $(ARGS)
+	$(RUN) -m nox $(if $(SESSION),--session $(SESSION),--tags tests) $(ARGS)
 
 bench:  ## benchmarks beside other pools, into docs/; SLOW=1 for outages too, ONLY=fastapi for a part
 	@scripts/venv bench
 	$(RUN) -m benchmarks $(if $(SLOW),--slow) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-build:  ## wheel and sdist, in dist/
-	@scripts/venv test
-	$(RUN) -m hatchling build
+build:  ## wheel and sdist, into dist/; the wheel is built from the sdist
+	@scripts/venv dist
+	rm -rf dist
+	$(RUN) -m build
+
+verify:  ## try what is in dist/ as its users get it: contents, types, the demo; TAG=v1.2.3
+	@scripts/venv dist
+	@scripts/venv types
+	$(RUN) scripts/verify.py $(if $(TAG),--tag $(TAG)) $(ARGS)
+
+dist: build  ## build, then verify: what a release does
+	@$(MAKE) verify
 
 clean:  ## remove everything that was made
 	rm -rf .venv .nox dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
