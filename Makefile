@@ -51,10 +51,16 @@ soak:  ## all kinds of work and trouble at once, for TIME=60 s; nothing may be m
 	@scripts/venv test
 	$(RUN) -m tests.soak --time $(TIME) --loop $(LOOP) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-lint:  ## ruff: rules and format
+lint:  ## ruff: rules and format; what GitHub reads: schemas and permissions
 	@scripts/venv lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN) -m check_jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(RUN) -m check_jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(RUN) -m check_jsonschema --builtin-schema vendor.github-issue-forms \
+		.github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(dir $(RUN))zizmor --offline --quiet .github
 
 types:  ## mypy and pyright, both strict
 	@scripts/venv types
