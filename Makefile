@@ -29,7 +29,7 @@ BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
 .PHONY: help demo test check soak lint types matrix bench build verify dist clean
 
 help:  ## say what there is
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo:  ## run the demo: an app that works, and the mistakes, beside the bare pool
 	@scripts/venv demo
