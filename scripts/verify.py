@@ -2,8 +2,8 @@
 Try what is in dist/ as its users get it. ``make verify`` runs it, after ``make build``.
 
 The wheel and the sdist are looked at, then installed into an empty environment each, away from
-the checkout. There the wheel shows the whole demo, and its public types are counted. What the
-sdist installs has to be what the wheel does.
+the checkout. There the wheel explains an error and shows the whole demo, and its public types are
+counted. What the sdist installs has to be what the wheel does.
 
     --tag v1.2.3   say that this is the release it claims to be
     --suite        run the whole suite on the installed wheel too
@@ -52,6 +52,7 @@ def main() -> None:
         say(f"installing {wheel.name}")
         python = install(wheel, away / "wheel")
         from_wheel = package(python, away, version)
+        run(python, "-I", "-m", "poolkeeper", "explain", "ClosedError", cwd=away)
         run(python, "-I", "-m", "poolkeeper", "demo", cwd=away)
 
         (site(python) / BEHIND).write_text(f"{sysconfig.get_path('purelib')}\n")
