@@ -75,7 +75,11 @@ class Stage:
 
     def installed(self) -> list[str]:
         """Return the contestants that can run here."""
-        return [name for name, needs in self.contestants.items() if all(map(is_installed, needs))]
+        return [name for name in self.contestants if not self.missing(name)]
+
+    def missing(self, contestant: str) -> str | None:
+        """Return a package that *contestant* needs and that is not installed."""
+        return next((name for name in self.contestants[contestant] if not is_installed(name)), None)
 
 
 def is_installed(package: str) -> bool:

@@ -56,11 +56,11 @@ def _compared(result: Results, stage: Stage, contest: str, target: Target) -> Ou
     if result["loop"] not in stage.loops:
         return NOWHERE
     samples = result.get("contests", {}).get(contest)
-    if not samples:
+    if samples is None:
         return NOT_MEASURED
     for name in (target.ours, target.against):
-        if name not in samples:
-            return Outcome(f"{name} is not installed", None)
+        if missing := stage.missing(name):
+            return Outcome(f"{missing} is not installed", None)
     values = compared(samples, target.ours, target.against, target.figure)
     reached = target.reached(quartiles(values)[1], result["loop"])
     return Outcome(f"{spread(values)} ×", reached)
