@@ -167,14 +167,14 @@ class Wanted:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--dsn", help="server to use; by default one is started out of a wheel")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="directory for the results")
+    parser.add_argument("--out", type=Path, help="directory for the results, instead of docs/")
     parser.add_argument(
         "--only",
         default="",
         metavar="PARTS",
-        help=f"print those of {', '.join(PARTS)}; writes none",
+        help=f"print those of {', '.join(PARTS)}, and write nothing",
     )
-    parser.add_argument("--loop", choices=LOOPS, help="the only one to measure on")
+    parser.add_argument("--loop", choices=LOOPS, help="the only one to measure on; prints")
     parser.add_argument("--slow", action="store_true", help="measure outages of 8 s and 60 s too")
     parser.add_argument("--quick", action="store_true", help="try that it works; says nothing")
     options = parser.parse_args()
@@ -195,9 +195,11 @@ def main() -> None:
         results = [{**measure(dsn, loop, wanted, options.quick), **imported} for loop in loops]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     page = report.page(results, about, rounds, whole=wanted.everything)
-    if wanted.everything:  # a page with less would take the place of one with more
-        (options.out / "benchmarks.md").write_text(page)
-        (options.out / "benchmarks.svg").write_text(plot.draw(results[0]["growth"]))
+    # Less than everything would take the place of more.
+    if wanted.everything and (options.out or not options.loop):
+        out = options.out or ROOT / "docs"
+        (out / "benchmarks.md").write_text(page)
+        (out / "benchmarks.svg").write_text(plot.draw(results[0]["growth"]))
     print(page)
 
 

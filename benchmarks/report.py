@@ -356,12 +356,12 @@ An endpoint that fetches one row, served by one process of uvicorn; {CLIENTS} cl
     ),
     Section(
         "How the cost grows",
-        f"""\
+        """\
 ![Cost of one acquire and release by number of tasks](benchmarks.svg)
 
 Each task acquires, holds for one turn of the loop, releases; µs for one of those.
 Here the pools take turns in one process, a few short rounds each, without the garbage collector.
-The plot shows {LOOPS[0]}.""",
+The plot shows the first loop.""",
         ("growth",),
         _growth,
     ),

@@ -15,10 +15,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.contests import POOLS, STAGES, is_installed
+from benchmarks.contests import LOOPS, POOLS, STAGES, Target, is_installed
 from benchmarks.load import load
+from benchmarks.report import compared
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 300
+"""Seconds: it starts a dozen processes, on a machine that may be busy."""
+
+pytestmark = pytest.mark.timeout(PATIENCE)
 VERDICT = r" (reached|\*\*not reached\*\*)$"
 
 
@@ -35,7 +40,7 @@ def quick(dsn: str, out: Path, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=PATIENCE - 10,
         env=env,
     )
     assert ended.returncode == 0, ended.stderr
@@ -87,6 +92,18 @@ def test_a_part_is_printed_and_takes_the_place_of_nothing(dsn: str, tmp_path: Pa
     assert len(table(page, "Targets")) == 4
     assert {name for name, *_ in table(page, "FastAPI")} == set(STAGES["fastapi"].installed())
     assert "## Side by side" not in page
+
+
+def test_a_target_is_judged_in_each_round_and_on_its_loop() -> None:
+    samples = {"a": {"wall": [2.0, 3.0]}, "b": {"wall": [4.0, 3.0]}}
+    assert compared(samples, "a", "b", "wall") == [0.5, 1.0]
+    assert compared(samples, "a", "b", "rate") == [2.0, 1.0]
+    less = Target("", "cpu", "b", (0.55, 0.75))
+    assert less.limit == "≤ 0.55 / 0.75 ×"
+    assert [less.reached(0.6, loop) for loop in LOOPS] == [False, True]
+    more = Target("", "rate", "b", (1.1, 1.1))
+    assert more.limit == "≥ 1.10 ×"
+    assert [more.reached(ratio, "uvloop") for ratio in (1.0, 1.2)] == [False, True]
 
 
 def test_what_nobody_measures_is_refused(tmp_path: Path) -> None:
