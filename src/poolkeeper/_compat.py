@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from time import monotonic
 from typing import Any, Protocol, TypeAlias
 
 from psycopg import AsyncConnection
@@ -92,7 +93,7 @@ AnyConnection: TypeAlias = "AsyncConnection[Any]"
 
 
 class TellingPool(AsyncConnectionPool[ACT]):
-    """A pool that tells which of the user's functions it calls to make a connection."""
+    """A pool that tells which function of the user's it calls to make or to end a connection."""
 
     def calls(self, doing: str, function: object = None) -> None:
         """Note what the running attempt does from here on: "in the conninfo function"."""
@@ -115,6 +116,14 @@ class TellingPool(AsyncConnectionPool[ACT]):
         given = await super()._resolve_kwargs()
         self.calls("waiting for the server")  # not if it raises: it is known by that who did
         return given
+
+    async def end_connection(self, conn: Any) -> None:
+        """End *conn*, which nobody holds, whatever its ``close()`` raises."""
+        raise NotImplementedError
+
+    @override
+    async def _close_connection(self, conn: Any) -> None:
+        await self.end_connection(conn)
 
 
 class Line(Protocol):
@@ -294,6 +303,14 @@ def resize(pool: AnyPool, min_size: int, max_size: int | None) -> None:
     while pool._nconns < pool._min_size:
         pool._nconns += 1
         pool.run_task(AddConnection(pool))
+
+
+def drain(pool: AnyPool) -> list[AnyConnection]:
+    """Let what is in use be replaced when it comes back; return the idle ones."""
+    pool._drained_at = monotonic()
+    connections = list(pool._pool)
+    pool._pool.clear()
+    return connections
 
 
 def forget_connections(pool: AnyPool, number: int) -> None:

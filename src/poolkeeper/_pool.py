@@ -1518,11 +1518,13 @@ class BoundPool(_compat.TellingPool[ACT]):
         if conn.closes_like_psycopg:
             conn.pgconn.finish()
             return None
-        return self.start_own_task(partial(self._call_close, conn), "close")
+        return self.start_own_task(partial(self.end_connection, conn), "close")
 
-    async def _call_close(self, conn: Any) -> None:
-        _compat.set_owner(conn, None)  # close_returns is not meant here
+    @override
+    async def end_connection(self, conn: Any) -> None:
+        conn._session.in_pool = False
         try:
+            _compat.set_owner(conn, None)  # close_returns is not meant here
             await conn.close()
         except Exception as ex:
             logger.warning(
@@ -1743,7 +1745,9 @@ class BoundPool(_compat.TellingPool[ACT]):
     async def drain(self) -> None:
         """Replace every connection: idle ones now, the others when they come back."""
         self._check_usable("drain it")
-        await super().drain()
+        for conn in _compat.drain(self):
+            self.dismiss(conn)
+            _compat.replace_lost(self)
 
     @override
     async def check(self) -> None:

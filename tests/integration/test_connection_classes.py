@@ -351,6 +351,37 @@ async def test_close_ends_whatever_a_close_of_the_users_own_does(
     assert await db.fetchval("select 1") == 1
 
 
+@pytest.mark.parametrize("what", ["fails", "hangs"])
+async def test_a_drain_goes_on_whatever_a_close_of_the_users_own_does(
+    make_manager: MakeManager, hook: type[Hook], what: str
+) -> None:
+    """It raises nothing, waits for none, and every connection is replaced."""
+    db = await opened(make_manager, hook, min_size=3, max_size=3, timeout=20)
+    async with db.connection() as one, db.connection() as two, db.connection() as three:
+        before = {conn.info.backend_pid for conn in (one, two, three)}
+    setattr(hook, what, True)
+    async with asyncio.timeout(20):
+        await db.pool.drain()
+        await until(lambda: db.snapshot().idle == 3)
+    async with db.connection() as one, db.connection() as two, db.connection() as three:
+        assert before.isdisjoint(conn.info.backend_pid for conn in (one, two, three))
+    await db.close(timeout=0.1)
+
+
+async def test_a_pool_shrinks_although_a_close_of_the_users_own_fails(
+    make_manager: MakeManager, hook: type[Hook], server_sessions: Callable[[str], int]
+) -> None:
+    """It has as many connections as it counts."""
+    db = await opened(
+        make_manager, hook, min_size=1, max_size=3, max_idle=0.2, application_name="shrinks"
+    )
+    async with db.connection(), db.connection(), db.connection():
+        hook.fails = True
+    await until(lambda: len(hook.ended) == 2)
+    await until(lambda: server_sessions("shrinks") == 1)
+    assert db.snapshot().total == 1
+
+
 class Guarded(AsyncConnection[Any]):
     """Lets nothing be set any more, from a moment on."""
 
