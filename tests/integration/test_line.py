@@ -303,15 +303,19 @@ async def test_after_a_stall_patience_ends_soon(
 
 
 async def worst_stall(work: Awaitable[Any]) -> tuple[Any, float]:
-    """Return what comes of *work*, and for how long the loop stood still meanwhile at worst."""
+    """
+    Return what comes of *work*, and for how long the loop stood still meanwhile at worst.
+
+    In seconds of this process: what the machine does beside it is not counted.
+    """
     worst = 0.0
 
     async def beat() -> None:
         nonlocal worst
         while True:
-            before = monotonic()
+            before = time.process_time()
             await asyncio.sleep(0.01)
-            worst = max(worst, monotonic() - before - 0.01)
+            worst = max(worst, time.process_time() - before)
 
     beating = asyncio.create_task(beat())
     try:
@@ -324,7 +328,7 @@ async def worst_stall(work: Awaitable[Any]) -> tuple[Any, float]:
 @pytest.fixture
 def only_stalls_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not let the diagnosis name what the machine does to the loop beside the test."""
-    monkeypatch.setattr(LineClock, "BLOCKED", 2.0)
+    monkeypatch.setattr(LineClock, "BLOCKED", 60.0)
 
 
 @pytest.mark.usefixtures("only_stalls_of_ours")

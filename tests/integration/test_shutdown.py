@@ -12,7 +12,7 @@ from tests.support.proxy import FaultProxy
 
 Program = Callable[..., None]
 
-AT_ONCE = 5.0
+AT_ONCE = 10.0  # seconds, of a whole program; the patience of what it waits for is 30
 """Seconds for a whole program, its start included; what it must not wait for takes 30 or more."""
 
 RUNS = 10

@@ -366,3 +366,4 @@ async def test_the_books_balance_after_every_step(
     finally:
         simulator.moods = [""]
         simulator.let_go()
+        simulator.admin.close()
