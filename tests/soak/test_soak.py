@@ -162,9 +162,12 @@ def test_what_must_not_be_is_told(
 ) -> None:
     """A client that does it, among others, makes the soak fail."""
     works = {"fault": (1, fault), "one-shot": (1, one_shot), "reader": (1, reader)}
-    soak = Soak(outside, 0.4, 1, works=works, regulars=2, patience=1, rounds=("quiet",))
-    soak.run()
-    told = [violation.what for violation in soak.book.violations]
+    for seconds in (0.4, 2, 10):  # a busy machine may not come to it at once
+        soak = Soak(outside, seconds, 1, works=works, regulars=2, patience=1, rounds=("quiet",))
+        soak.run()
+        told = [violation.what for violation in soak.book.violations]
+        if told:
+            break
     assert any(FAULTS[fault] in what for what in told), told
     assert "VIOLATION 1: " in report.text(soak, loop_name)
     assert "FAILED: " in report.verdict(soak)
