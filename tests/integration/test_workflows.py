@@ -92,3 +92,11 @@ def test_a_report_of_a_bug_asks_what_the_explanation_says() -> None:
     (asked,) = [part for part in form["body"] if part.get("id") == "explained"]
     assert "poolkeeper explain" in asked["attributes"]["label"]
     assert asked["validations"]["required"]
+
+
+def test_the_project_lives_at_one_address() -> None:
+    pages = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md"]
+    pages += [path for path in (ROOT / ".github").rglob("*") if path.is_file()]
+    text = "\n".join(path.read_text() for path in pages)
+    named = set(re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", text))
+    assert named == {PROJECT["urls"]["Source"]}
