@@ -1846,14 +1846,14 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         conn, pool = self._conn, self._pool
         if exc_type is not None and conn._binding.forked:
             return  # the block is the parent's; the child ends with its own error
-        roll_back = False
+        roll_back = True  # what is still open then, by an error or a commit that was cancelled
         try:
             if conn.exits_like_psycopg:
                 # What AsyncConnection.__aexit__() does: nothing when nothing is open, else
                 # commit here, or roll back; that is part of the release, which nobody cancels.
-                if exc_type is not None:
-                    roll_back = True
-                elif conn.pgconn.transaction_status != IDLE or conn.is_in_block():
+                if exc_type is None and (
+                    conn.pgconn.transaction_status != IDLE or conn.is_in_block()
+                ):
                     if conn.closed:
                         _lost_work.raise_if_lost(conn)
                         return
@@ -1873,6 +1873,7 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                     await conn.end_command(LEFT_OPEN)
                 lost, failed = conn.closed, _lost_work.has_failed(conn)
                 await conn.__aexit__(exc_type, exc, traceback)
+                roll_back = False  # what the user's own leaves open, psycopg_pool tells of
                 if exc_type is None and lost:
                     _lost_work.raise_if_lost(conn)
                 elif exc_type is None and failed:

@@ -129,6 +129,29 @@ async def test_what_was_done_before_a_stream_that_was_left_open_is_committed(
     admin(dsn, "drop table left_open")
 
 
+async def test_a_client_that_leaves_while_its_block_commits_is_rolled_back_without_a_warning(
+    one: PoolManager[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that leaves before: psycopg_pool warns of an open transaction, without a line."""
+    keep = []
+    ends = asyncio.Event()
+
+    async def block() -> None:
+        async with one.connection() as conn:
+            keep.append(await next_of_stream(conn))  # so the end of the block takes a while
+            ends.set()
+
+    pid = await pid_of(one)
+    task = asyncio.create_task(block())
+    await ends.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await pid_of(one) == pid
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("start", HALF_WAY, ids=by_name)
 async def test_who_comes_to_its_end_late_does_not_disturb_the_next_borrower(
     one: PoolManager[Any], dsn: str, start: Callable[[Any], Awaitable[Any]]
