@@ -1197,7 +1197,8 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._discard_busy(conn)
             return None
         session: Session = conn._session
-        checkout: Checkout = cast(Any, conn)._checkout
+        # No cast(): that is a call.
+        checkout: Checkout = conn._checkout  # pyright: ignore[reportAssignmentType]
         fresh = session.successor(conn)
         # Read only now: who begins to cancel from here on finds the handle released.
         cancelling = conn._cancelling
