@@ -219,10 +219,13 @@ def _endpoints(result: Results) -> str:
     samples = result["contests"]["fastapi"]
     rows = []
     for name in samples:
-        rate = 1 / statistics.median(samples[name]["wall"])
-        ratio = spread(compared(samples, name, BY_HAND, "rate")) if name != BY_HAND else "1"
-        rows.append((name, number(rate), ratio, _micro(samples[name]["cpu"])))
-    return _table(("endpoint", "requests/s", "×", "µs of uvicorn's CPU"), rows)
+        rate = number(1 / statistics.median(samples[name]["wall"]))
+        ratio = (
+            spread(compared(samples, name, BY_HAND, figure)) if name != BY_HAND else "1"
+            for figure in ("rate", "cpu")
+        )
+        rows.append((name, rate, _micro(samples[name]["cpu"]), *ratio))
+    return _table(("endpoint", "requests/s", "µs of uvicorn's CPU", "requests ×", "CPU ×"), rows)
 
 
 def _growth(result: Results) -> str:
