@@ -26,7 +26,7 @@ BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
 	print(f"branches alone: {percent:.2f} %"); \
 	sys.exit(percent < int(sys.argv[1]))
 
-.PHONY: help demo test check soak lint types matrix bench build verify dist clean
+.PHONY: help demo test check soak lint types matrix bench docs build verify dist clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,10 @@ matrix:  ## the suite on every Python there is, uvloop, debug mode, oldest depen
 bench:  ## benchmarks beside other pools, into docs/; SLOW=1 for outages too, ONLY=fastapi for a part
 	@scripts/venv bench
 	$(RUN) -m benchmarks $(if $(SLOW),--slow) $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+docs:  ## the site, strict, into build/docs; python -m http.server -d build/docs shows it
+	@scripts/venv docs
+	$(RUN) -m sphinx -W --keep-going -E -q -b dirhtml docs build/docs
 
 build:  ## wheel and sdist, into dist/; the wheel is built from the sdist
 	@scripts/venv dist

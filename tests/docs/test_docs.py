@@ -100,6 +100,17 @@ def test_every_error_and_warning_has_its_place_in_the_docs() -> None:
     assert not public
 
 
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    shown = set(
+        re.findall(r"^\.\. auto(?:class|module):: (?:poolkeeper\.)?(\S+)$", text, re.MULTILINE)
+    )
+    package = Path(poolkeeper.__file__).parent
+    adapters = {f"adapters.{path.stem}" for path in package.glob("adapters/[!_]*.py")}
+    names = {name for name in poolkeeper.__all__ if not name.startswith("__")}
+    assert shown == {"errors"} | adapters | names - set(poolkeeper.errors.__all__)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
     for link in _LINK.findall(page.read_text()):

@@ -1,0 +1,83 @@
+"""
+The site, made of these pages by Sphinx: ``make docs``.
+
+They are written to be read on a forge as well, so what only the site needs is put in here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from poolkeeper import __version__
+from poolkeeper.errors import DOCS
+
+project = "poolkeeper"
+project_copyright = "poolkeeper contributors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["conf.py"]
+myst_enable_extensions = ["attrs_block"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # an excerpt may begin below a heading of its own
+
+default_role = "code"
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
+autodoc_typehints = "signature"
+# The adapters import their frameworks, of which the site needs none.
+autodoc_mock_imports = [
+    "aiohttp", "blacksheep", "falcon", "fastapi", "guardpost", "litestar", "quart", "sanic",
+    "starlette",
+]  # fmt: skip
+
+html_theme = "furo"
+html_title = "poolkeeper"
+html_baseurl = f"{DOCS}/"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+
+
+def _anchored(found: re.Match[str]) -> str:
+    anchor, heading = found.groups()
+    own = heading.strip("# \n").lower().replace(" ", "-")  # what it is called anyway
+    return heading if anchor == own else f"{{#{anchor}}}\n{heading}"
+
+
+def _of_the_site(_app: Any, page: str, source: list[str]) -> None:
+    """Turn what a forge understands into what Sphinx does."""
+    here = Path(__file__).parent
+    if page == "changelog":
+        source[0] = (here.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    text = re.sub(r'^<a id="([\w-]+)"></a>\n+(#+ .+\n)', _anchored, source[0], flags=re.MULTILINE)
+    text = text.replace("](../CHANGELOG.md)", "](changelog.md)")
+    if page == "index":  # its lists are what the sidebar shows
+        first, *more = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+        for caption, part in zip(["", *more[::2]], [first, *more[1::2]], strict=True):
+            pages = re.findall(r"^- .*?\]\(([\w/]+)\.md\)", part, re.MULTILINE)
+            listed = "\n".join((f":caption: {caption}" if caption else "", "", *pages))
+            text += f"\n```{{toctree}}\n:hidden:\n{listed}\n```\n"
+    source[0] = text
+
+
+def _in_docstrings(_app: Any, *about: Any) -> None:
+    """Let a fence in a docstring be a block of code."""
+    lines: list[str] = about[-1]
+    inside = False
+    for number, line in enumerate(lines):
+        if line.startswith("```"):
+            inside = not inside
+            lines[number] = f".. code-block:: {line[3:]}\n" if inside else ""
+        elif inside:
+            lines[number] = f"   {line}"
+    lines[:] = "\n".join(lines).split("\n")
+
+
+def setup(app: Any) -> None:
+    """Tell Sphinx of both."""
+    app.connect("source-read", _of_the_site)
+    app.connect("autodoc-process-docstring", _in_docstrings)
