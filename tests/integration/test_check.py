@@ -597,8 +597,8 @@ async def test_a_silent_server_is_no_longer_waited_for_than_asked(
         assert (health.ok, health.reason, health.beside) == (
             False, "no answer within 0.20 s", True,
         )  # fmt: skip
-        assert 0.2 <= health.seconds < AT_ONCE
-        assert proxy.accepted == 2
+        assert 0.19 <= health.seconds < AT_ONCE  # timers of uvloop may be a millisecond early
+        await until(lambda: proxy.accepted == 2)
         gc.disable()  # what keeps the socket open must not wait for a collection
         try:
             await until(lambda: open_sockets(proxy) == before)
