@@ -99,7 +99,6 @@ class Soak:
         self._over = False
         self._round = 0
         self._at_first: Counter[str] | None = None  # descriptors
-        self._before = Objects.count()  # this process may have had other pools
         self._began = time.monotonic()
         self._pools = {
             self._make_pool(name, least, most): (least, most)
@@ -345,10 +344,10 @@ class Soak:
         objects = Objects.count()
         # A pool keeps what its last life was made of until it is opened again.
         pools = len(self._pools)
-        kept = self._before.ours + Counter({"Connector": pools, "LoopBinding": pools})
+        kept = Counter({"Connector": pools, "LoopBinding": pools})
         found += growth(kept, objects.ours)
-        if objects.classes > self._before.classes + 3 * pools:
-            found.append(f"{objects.classes} connection classes, not {self._before.classes}")
+        if objects.classes > 3 * pools:
+            found.append(f"{objects.classes} connection classes")
         assert self._at_first is not None
         found += growth(self._at_first, descriptors())
         until = time.monotonic() + min(10, self.patience)
