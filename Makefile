@@ -26,7 +26,7 @@ BRANCHES := import json, sys; totals = json.load(sys.stdin)["totals"]; \
 	print(f"branches alone: {percent:.2f} %"); \
 	sys.exit(percent < int(sys.argv[1]))
 
-.PHONY: help demo test check soak lint types matrix bench docs build verify dist clean
+.PHONY: help demo test check pages soak lint types matrix bench docs build verify dist clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,10 @@ test:  ## run the whole suite on a real PostgreSQL, with coverage (95 % or it fa
 check:  ## run the suite without coverage: faster, and fit for a part of it
 	@scripts/venv test
 	$(RUN) $(PYTEST) $(ARGS)
+
+pages:  ## do what the pages say as their readers do, from the wheel alone; ONLY=fastapi for one
+	@scripts/venv test
+	$(RUN) -m tests.docs.pages $(ONLY)
 
 soak:  ## all kinds of work and trouble at once, for TIME=60 s; nothing may be missing or left
 	@scripts/venv test

@@ -7,7 +7,7 @@ manager at hand as ``db``. A ``text`` block after it, with no other block betwee
 output ends.
 
 A block with ``<!-- from: examples/... -->`` on the line before it is an excerpt of that file, which
-has tests of its own.
+has tests of its own. One with ``<!-- keeps running -->`` is a command that does not end by itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from itertools import pairwise
 from pathlib import Path
 
 _FENCE = re.compile(
-    r"(?:^<!-- from: (?P<source>\S+) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$",
+    r"(?:^<!-- (?:from: (?P<source>\S+)|(?P<runs>keeps running)) -->\n)?"
+    r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_FILE = re.compile(r"# (?P<name>[\w./-]*\.\w+|Dockerfile)(?P<more>, continued)?$", re.MULTILINE)
 _RUN = re.compile(r"\brun\(")
 # Keeps the fragment's own file name and line numbers, for messages show them.
 _MAIN = """\
@@ -50,7 +52,7 @@ asyncio.run(main())
 # What differs from one run to the next.
 _VARIABLE = (
     (re.compile(r"\s+"), " "),
-    (re.compile(r"\b\d+\.\d+ (m?s)\b"), r"N \1"),
+    (re.compile(r"\b\d+\.\d+( ?m?s)\b"), r"N\1"),
     (re.compile(r"\bTask-\d+"), "Task-N"),
     (re.compile(r"\b\d+ attempts? failed"), "N attempts failed"),
     (re.compile(r"\bprocess \d+"), "process N"),
@@ -68,6 +70,20 @@ class Block:
     body: str
     source: str | None = None
     """The file that it is an excerpt of."""
+    keeps_running: bool = False
+    """True for a command that does not end by itself."""
+
+    @property
+    def file(self) -> str | None:
+        """Name of the file that it is saved as, if its first line says so."""
+        named = _FILE.match(self.body)
+        return named["name"] if named else None
+
+    @property
+    def continues(self) -> bool:
+        """True if it goes to the end of that file."""
+        named = _FILE.match(self.body)
+        return bool(named and named["more"])
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,7 @@ def blocks(path: Path) -> list[Block]:
             match["language"],
             match["body"],
             match["source"],
+            bool(match["runs"]),
         )
         for match in _FENCE.finditer(text)
     ]
@@ -126,6 +143,17 @@ def examples(path: Path) -> list[Example]:
         for block, after in pairwise([*blocks(path), None])
         if block is not None and block.language == "python" and not block.source
     ]
+
+
+def agrees(said: str, shown: str) -> bool:
+    """
+    Tell whether *said* is what the page shows, but for what differs from run to run.
+
+    A line ``...`` stands for lines that are left out, and of a traceback the end is enough.
+    """
+    parts = [re.escape(normal(part)) for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE)]
+    found = re.fullmatch(" ?(?:.* )?".join(parts), normal(said))
+    return bool(found) or ("Traceback" in said and normal(said).endswith(normal(shown)))
 
 
 def normal(text: str) -> str:

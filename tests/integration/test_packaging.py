@@ -18,6 +18,7 @@ import poolkeeper
 from poolkeeper import errors
 from poolkeeper._explain import PAGES
 from tests.docs.test_docs import anchors
+from tests.support.wheel import build_wheel
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,15 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
     """The wheel, built from this checkout without the network."""
-    directory = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", directory],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    (path,) = directory.glob("*.whl")
-    with zipfile.ZipFile(path) as wheel:
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("dist"))) as wheel:
         yield wheel
 
 
