@@ -30,7 +30,7 @@ autodoc_typehints = "signature"
 # The adapters import their frameworks, of which the site needs none.
 autodoc_mock_imports = [
     "aiohttp", "blacksheep", "falcon", "fastapi", "guardpost", "litestar", "quart", "sanic",
-    "starlette",
+    "sqlalchemy", "starlette",
 ]  # fmt: skip
 
 html_theme = "furo"

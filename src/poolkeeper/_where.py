@@ -117,6 +117,31 @@ def _user_frame(innermost: FrameType) -> FrameType:
     return innermost
 
 
+_THE_LOOP = frozenset({"asyncio.base_events", "asyncio.events", "asyncio.runners"})
+
+
+def program_frame(innermost: FrameType, *libraries: str) -> FrameType:
+    """
+    Return the innermost frame of the program's own code, among those of the running task.
+
+    Where the program itself is installed as a package, that is the innermost one that is neither
+    ours nor of *libraries*.
+    """
+    frame: FrameType | None = innermost
+    first: FrameType | None = None
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module in _THE_LOOP:
+            break  # who runs it asks for nothing
+        package = module.partition(".")[0]
+        if package not in _INTERNAL and package not in libraries:
+            if not _is_installed(frame.f_code.co_filename):
+                return frame
+            first = first or frame
+        frame = frame.f_back
+    return first or innermost
+
+
 def warn_user(message: str, category: type[Warning], caller: str | None = None) -> None:
     """
     Warn at the user's line, or at *caller* (``file:line``).

@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
 
 from poolkeeper import _where
-from poolkeeper._where import NO_LOOP, Place, call_site, describe_loop, running_loop, site
+from poolkeeper._where import (
+    NO_LOOP,
+    Place,
+    call_site,
+    describe_loop,
+    program_frame,
+    running_loop,
+    site,
+)
 
 HERE = "tests/unit/test_where.py"
 
@@ -248,3 +257,40 @@ async def test_a_place_holds_nothing_but_strings_and_numbers() -> None:
     assert {type(value) for value in values} <= {str, int}
     with pytest.raises(AttributeError):
         place.site = "x"  # type: ignore[misc]
+
+
+# --- the program's own frame ---------------------------------------------------------------
+
+
+def looks(*libraries: str) -> FrameType:
+    return program_frame(sys._getframe(), *libraries)
+
+
+def installed(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return *function* as if it were installed, as a part of *module*."""
+    again = as_if_in(module, function)
+    path = str(Path(os.__file__).parent / "site-packages" / f"{module.replace('.', '/')}.py")
+    again.__code__ = again.__code__.replace(co_filename=path)
+    return again
+
+
+async def test_the_programs_frame_lies_beyond_every_library() -> None:
+    def program() -> FrameType:
+        return library()  # type: ignore[no-any-return]
+
+    library = installed("orm.session", lambda: driver())
+    driver = installed("driver", looks)
+    assert program().f_code is program.__code__
+
+
+async def test_of_an_installed_program_it_is_the_innermost_that_is_not_the_librarys() -> None:
+    """Nobody above the loop is asked: a server's script, say, which is no package's."""
+
+    async def handle() -> FrameType:
+        return library()  # type: ignore[no-any-return]
+
+    library = installed("orm.session", lambda: looks_installed("orm"))
+    looks_installed = installed("poolkeeper.adapters.orm", looks)
+    inner = installed("shop.views", handle)
+    task = asyncio.create_task(inner())
+    assert (await task).f_globals["__name__"] == "shop.views"

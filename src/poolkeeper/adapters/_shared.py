@@ -29,6 +29,7 @@ from poolkeeper import (
     PoolManager,
 )
 from poolkeeper._where import call_site as call_site
+from poolkeeper._where import program_frame as program_frame
 from poolkeeper.errors import see
 
 logger = logging.getLogger("poolkeeper")
