@@ -21,7 +21,8 @@ from psycopg import generators, pq
 from psycopg.abc import PQGen
 
 from ._checkouts import Checkout
-from ._connection import KIND_PARAMETERS, READ_ONLY, STANDBY, BoundConnection, Session
+from ._connection import BoundConnection
+from ._session import KIND_PARAMETERS, READ_ONLY, STANDBY, Session
 
 logger = logging.getLogger("poolkeeper")
 

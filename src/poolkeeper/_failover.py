@@ -19,7 +19,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from . import _cleaning, _compat
-from ._connection import Session
+from ._session import Session
 
 logger = logging.getLogger("poolkeeper")
 
