@@ -9,19 +9,16 @@ replace, whatever becomes of who wanted it.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from time import monotonic
 from typing import Any, Protocol, TypeAlias
 
 from . import _cleaning
 from ._between import Between
-from ._connection import CANCEL_GRACE
-from ._session import Session, shut_down
+from ._connection import CANCEL_GRACE, Session, shut_down
+from ._log import log
 from ._where import code_behind, site
 from ._words import in_words, raised_by
-
-logger = logging.getLogger("poolkeeper")
 
 Check: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -215,7 +212,7 @@ class _Asking(Look):
             await _cleaning.ask(conn)
             good = pool.is_alive() and not conn.closed and pool.is_right_server(conn)
         except Exception as ex:
-            logger.info('a connection of pool "%s" does not answer: %s', pool.name, in_words(ex))
+            log("connection_dead", pool=pool.name, reason=in_words(ex))
         finally:
             timer.cancel()
             self._end(good)
@@ -248,7 +245,7 @@ class _Checking(Look):
         except Exception as ex:
             why = raised_by("the check callback", ex)
             checks.refusals.note(self._check, ex)
-            logger.info('a connection of pool "%s" failed its check: %s', checks.pool.name, why)
+            log("check_refused", pool=checks.pool.name, reason=why)
             if not self._ended and not conn.closed:
                 checks.between.now(self._session, "left alone, for its check refused it")
                 self._tell(False)
@@ -267,10 +264,6 @@ class _Checking(Look):
             return
         self._ended = True
         code = code_behind(self._check)
-        logger.warning(
-            'pool "%s": the check callback%s goes on although it was cancelled; its connection is'
-            " replaced",
-            self._checks.pool.name,
-            f" at {site(code, code.co_firstlineno)}" if code else "",
-        )
+        where = site(code, code.co_firstlineno) if code else "not written in Python"
+        log("check_stuck", pool=self._checks.pool.name, site=where)
         self._checks.pool.lose(self._conn)

@@ -498,11 +498,23 @@ class Checkout:
         """Return a stack that was kept in lines."""
         return "".join(traceback.format_list(stack[::-1])) if stack else ""
 
-    def __str__(self) -> str:
+    @property
+    def task_name(self) -> str:
+        """Name of the task that acquired."""
         task = self.task  # read once: a snapshot may be taken in another thread
-        return (
-            f'in task "{task.get_name() if task else self.name}" at {site(self.code, self.lineno)}'
-        )
+        return task.get_name() if task else self.name
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a log has of it."""
+        return {
+            "acquired": str(self),
+            "task": self.task_name,
+            "site": site(self.code, self.lineno),
+            "held_seconds": self.held_seconds,
+        }
+
+    def __str__(self) -> str:
+        return f'in task "{self.task_name}" at {site(self.code, self.lineno)}'
 
 
 class _Window:

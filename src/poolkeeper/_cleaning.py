@@ -12,7 +12,6 @@ None of this uses the user's cursors or row factories.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -21,10 +20,8 @@ from psycopg import generators, pq
 from psycopg.abc import PQGen
 
 from ._checkouts import Checkout
-from ._connection import BoundConnection
-from ._session import KIND_PARAMETERS, READ_ONLY, STANDBY, Session
-
-logger = logging.getLogger("poolkeeper")
+from ._connection import KIND_PARAMETERS, READ_ONLY, STANDBY, BoundConnection, Session
+from ._log import log
 
 IDENTITY = frozenset({b"session_authorization", b"is_superuser"})
 """Not settings of their own: RESET SESSION AUTHORIZATION and RESET ROLE bring them back."""
@@ -101,27 +98,16 @@ class Cleaner:
         self, changed: set[bytes], left: set[bytes], session: Session, checkout: Checkout | None
     ) -> None:
         """Say each kind of thing once, with the line where the connection was acquired."""
-        acquired = f", acquired {checkout}" if checkout else ""
-        for level, names, words in (
-            (logging.INFO, changed - left, "came back with other settings, which are put back"),
-            (logging.WARNING, left & session.configured, "has settings that cannot be put back"),
-            (
-                logging.INFO,
-                left - session.configured - KIND_PARAMETERS,
-                "has settings that were changed by the server, or by what stands before it, and"
-                " are left as they are",
-            ),
+        by = checkout.facts() if checkout else {"acquired": "by the pool, for a check"}
+        for event, names in (
+            ("settings_put_back", changed - left),
+            ("settings_left", left & session.configured),
+            ("settings_of_server", left - session.configured - KIND_PARAMETERS),
         ):
             if names:
-                logger.log(
-                    logging.DEBUG if words in self._told else level,
-                    'a connection of pool "%s"%s, %s: %s',
-                    self._name,
-                    acquired,
-                    words,
-                    _names(names),
-                )
-                self._told.add(words)
+                quietly = event in self._told
+                log(event, by, quietly=quietly, pool=self._name, settings=_names(names))
+                self._told.add(event)
 
 
 async def _put_settings_back(

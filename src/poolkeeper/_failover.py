@@ -13,15 +13,14 @@ connection beside the pool looks whether there is a server that takes writes by 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Iterable
 from time import monotonic
 from typing import Any, Protocol
 
 from . import _cleaning, _compat
-from ._session import Session
-
-logger = logging.getLogger("poolkeeper")
+from ._connection import Session
+from ._log import log
+from ._words import class_name
 
 
 class Pool(Protocol):
@@ -91,12 +90,7 @@ class Failover:
             return True
         _compat.expire(conn, mine.template)
         if alone:
-            logger.warning(
-                'pool "%s": a server has become another kind of server (%s): sessions there are'
-                " replaced",
-                self._pool.name,
-                mine.kind,
-            )
+            log("server_changed", pool=self._pool.name, kind=mine.kind)
             for session in self._pool.sessions:
                 session.question()
             self._pool.look_at_idle()
@@ -126,14 +120,10 @@ class Failover:
                 finally:
                     self._pool.dismiss(conn)
         except Exception as ex:
-            logger.debug('pool "%s": no server that takes writes: %r', self._pool.name, type(ex))
+            log("writable_server_missing", pool=self._pool.name, reason=class_name(ex))
             return
         if found and self._may_act():
-            logger.warning(
-                'pool "%s": a server refuses writes, and there is one that takes them: sessions'
-                " are replaced",
-                self._pool.name,
-            )
+            log("writable_server_found", pool=self._pool.name)
             await self._pool.drain()
 
     def _may_act(self) -> bool:

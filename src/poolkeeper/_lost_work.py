@@ -8,7 +8,6 @@ asked in the same round trip as it is told to roll back.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import psycopg
@@ -17,9 +16,8 @@ from psycopg import pq
 from ._checkouts import Checkout
 from ._cleaning import run
 from ._connection import BoundConnection
+from ._log import log
 from .errors import LostWorkError, see
-
-logger = logging.getLogger("poolkeeper")
 
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
@@ -68,12 +66,7 @@ def has_failed(conn: Any) -> bool:
 
 def warn_of_failed(name: str, checkout: Checkout) -> None:
     """Log that a block has ended well although its transaction had failed."""
-    logger.warning(
-        'pool "%s": a transaction had failed, and its error was not passed on: what was done in it'
-        " before is rolled back. Acquired %s",
-        name,
-        checkout,
-    )
+    log("transaction_failed", checkout.facts(), pool=name)
 
 
 async def roll_back(conn: BoundConnection) -> bool:
@@ -101,9 +94,4 @@ async def roll_back(conn: BoundConnection) -> bool:
 
 def warn_of_uncommitted(name: str, checkout: Checkout) -> None:
     """Log that a connection was given back with work that was not committed."""
-    logger.warning(
-        'pool "%s": a connection was given back with work that is not committed: rolled back.'
-        " Acquired %s",
-        name,
-        checkout,
-    )
+    log("work_rolled_back", checkout.facts(), pool=name)

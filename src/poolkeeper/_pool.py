@@ -13,7 +13,6 @@ ends.
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 import weakref
 from asyncio import _get_running_loop, current_task
@@ -39,24 +38,31 @@ from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checking import Checks
 from ._checkouts import Checkout, Holder, Ledger, Line, LineClock, SlowCallbacks, Waiter
-from ._classes import BoundClasses
 from ._cleaning import Cleaner
 from ._connection import (
     CANCEL_GRACE,
     LEFT_OPEN,
+    BoundClasses,
     BoundConnection,
     ReleasedConnection,
     RetiredConnection,
     RevokedConnection,
+    Session,
+    part_from_pipeline,
+    remains,
+    retire,
+    revoke,
     run_own,
+    shut_down,
 )
 from ._conninfo import normalise, parse
 from ._failover import Failover
 from ._health import Question
+from ._log import log
 from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
-from ._session import Session, part_from_pipeline, remains, retire, revoke, shut_down
-from ._where import Behalf, Place, code_behind, coroutine_function
+from ._storm import Storm
+from ._where import Behalf, Place, code_behind, coroutine_function, site
 from ._words import in_words, raised_by
 from .errors import (
     AcquireTimeout,
@@ -75,8 +81,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
 
-logger = logging.getLogger("poolkeeper")
-
 IDLE = pq.TransactionStatus.IDLE
 ACTIVE = pq.TransactionStatus.ACTIVE
 INTRANS = pq.TransactionStatus.INTRANS
@@ -94,9 +98,6 @@ FRESH = 0.001
 
 ASKED = 0.25
 """Seconds that an acquire without a timeout waits for an idle connection that is being asked."""
-
-STORM = 5.0
-"""Seconds in which time-outs of one pool count as one storm, which is logged once."""
 
 
 class State(StrEnum):
@@ -127,6 +128,7 @@ class BoundPool(_compat.TellingPool[ACT]):
     _clock: LineClock
     _connector: Connector
     _failover: Failover
+    _storm: Storm
 
     def __init__(
         self,
@@ -181,7 +183,6 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._ended: asyncio.Future[None] | None = None
         self._wanted = False  # by somebody who does not wait for it, or not any more
         self._oversized = False  # there are more than max_size, for it was lowered
-        self._last_storm = 0.0
         self._last_moment: Moment | None = None
         self._outage_told = False
         self._open_until = 0.0
@@ -424,6 +425,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._clock = LineClock(
             loop, self._line, self._time_out, self._help_growth, self._end_deadlock
         )
+        self._storm = Storm(self, loop, self._context)
         self._connector = Connector(self, loop)
         self._failover = Failover(self)
         if loop.get_debug():
@@ -635,11 +637,15 @@ class BoundPool(_compat.TellingPool[ACT]):
         elif self._connector.failures == 1:
             self._outage_told = False
             left = self._open_until - monotonic()
-            logger.warning(
-                'pool "%s": no connection can be made: %s; trying again until one can%s',
-                self.name,
-                failure.words,
-                f", open() waits for {left:.1f} s more" if self._openers else "",
+            waits = f", open() waits for {left:.1f} s more" if self._openers else ""
+            log(
+                "outage_began",
+                self.counts(),
+                pool=self.name,
+                reason=failure.words,
+                kind=failure.kind,
+                then=f"trying again until one can{waits}",
+                hint=f"{failure.advice} {see('open', 'open' if self._openers else 'server')}",
             )
         if failure.is_permanent and not self._sessions_made():
             self._refuse_waiters(failure, began)
@@ -671,9 +677,8 @@ class BoundPool(_compat.TellingPool[ACT]):
         try:
             await self.reconnect_failed()
         except Exception as ex:
-            logger.warning(
-                'pool "%s": %s', self.name, raised_by("the reconnect_failed callback", ex)
-            )
+            reason = raised_by("the reconnect_failed callback", ex)
+            log("callback_failed", pool=self.name, reason=reason)
 
     async def _prepare(self, conn: Any) -> None:
         """Configure a new connection."""
@@ -831,7 +836,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 refused += 1
                 if (now := monotonic()) >= deadline:
                     _compat.count(self, self._REQUESTS_ERRORS)
-                    raise self._refusal(timeout, now - began)
+                    raise self._refusal(timeout, now - began, code, lineno)
 
     async def _wait_in_line(
         self, timeout: float, deadline: float, code: CodeType, lineno: int, joined: float
@@ -861,7 +866,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             deadline = now + ASKED
         elif deadline <= now:
             _compat.count(self, self._REQUESTS_ERRORS)
-            raise self._refusal(timeout, now - joined if joined else None)
+            raise self._refusal(timeout, now - joined if joined else None, code, lineno)
         waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
         if self._ledger.completes_deadlock(waiter.task, line, self.max_size, timeout):
             waiter.suspected = waiter.since
@@ -917,15 +922,27 @@ class BoundPool(_compat.TellingPool[ACT]):
         ]
         for waiter, error in zip(waiters, errors, strict=True):
             waiter.refuse(error)
-        self._log_storm(errors[0])  # when all are told: a filter or handler of the user's may raise
+        # When all are told: a filter or handler of the user's may raise.
+        first = waiters[0]
+        self._storm.goes_on(
+            errors[0],
+            len(errors),
+            timeout_seconds=first.timeout,
+            task=first.task.get_name() if first.task else "",
+            site=site(first.code, first.lineno),
+        )
 
-    def _refusal(self, timeout: float, waited: float | None) -> AcquireTimeout:
+    def _refusal(
+        self, timeout: float, waited: float | None, code: CodeType, lineno: int
+    ) -> AcquireTimeout:
         """
         Return why an acquire fails that is not in line; it is logged.
 
         Args:
             timeout: How long it was to wait.
             waited: How long it did, in line; None if it never was.
+            code: Where it asks.
+            lineno: At which line of it.
         """
         moment = self._last_moment
         # Who tries again and again would spend more time on the reasons than on the tries.
@@ -938,7 +955,14 @@ class BoundPool(_compat.TellingPool[ACT]):
         error = self._acquire_timeout(
             timeout, max(0.0, timeout) if waited is None else waited, moment
         )
-        self._log_storm(error)
+        task = current_task()
+        self._storm.goes_on(
+            error,
+            1,
+            timeout_seconds=timeout,
+            task=task.get_name() if task else "",
+            site=site(code, lineno),
+        )
         return error
 
     def _acquire_timeout(self, timeout: float, waited: float, moment: Moment) -> AcquireTimeout:
@@ -948,14 +972,6 @@ class BoundPool(_compat.TellingPool[ACT]):
         if cause is not None:
             error.__cause__ = cause.with_traceback(None)
         return error
-
-    def _log_storm(self, error: AcquireTimeout) -> None:
-        """Log the first of many time-outs."""
-        now = monotonic()
-        begins = now - self._last_storm > STORM
-        self._last_storm = now
-        if begins:
-            logger.warning("%s", error)
 
     def _end_deadlock(self, waiter: Waiter) -> None:
         """Tell the one who completed a self-deadlock, if nobody has stopped waiting since."""
@@ -1048,7 +1064,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 self._check_idle(conn)
         if not dead:
             return
-        logger.info('pool "%s": %d idle connection(s) were dead: replaced', self.name, len(dead))
+        log("connections_replaced", pool=self.name, number=len(dead))
         for _ in dead:
             _compat.replace_lost(self, found_idle=True)
 
@@ -1103,13 +1119,8 @@ class BoundPool(_compat.TellingPool[ACT]):
         self._ledger.let_go()
         for checkout in self._ledger.overdue():
             checkout.reported = True
-            logger.warning(
-                'pool "%s": suspected leak: a connection is held for %.1f s, acquired %s\n%s',
-                self.name,
-                checkout.held_seconds,
-                checkout,
-                checkout.stack_text().rstrip(),
-            )
+            stack = checkout.stack_text().rstrip()
+            log("suspected_leak", checkout.facts(), self.counts(), pool=self.name, stack=stack)
 
     def take_back_dropped(self, conn: BoundConnection) -> None:
         """Take a connection back that was garbage-collected and not closed."""
@@ -1133,13 +1144,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             fresh.pgconn.finish()  # its life is over, and another one may have begun
             return
         if checkout is not None:
-            logger.warning(
-                'pool "%s": a connection was dropped without being given back, after %.1f s,'
-                " acquired %s; taken back",
-                self.name,
-                checkout.held_seconds,
-                checkout,
-            )
+            log("connection_dropped", checkout.facts(), pool=self.name)
             self._end_checkout(fresh._session, checkout)
             fresh._session.returned = checkout
         self._start_put_back(fresh)
@@ -1230,12 +1235,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if checkout.structured:
             self._usage_seconds += now - checkout.since
         if checkout.reported:
-            logger.warning(
-                'pool "%s": no leak after all: a connection was returned after %.1f s, acquired %s',
-                self.name,
-                checkout.held_seconds,
-                checkout,
-            )
+            log("suspected_leak_returned", checkout.facts(), pool=self.name)
         return now
 
     def _discard_busy(self, conn: BoundConnection) -> None:
@@ -1247,13 +1247,8 @@ class BoundPool(_compat.TellingPool[ACT]):
         """
         session = conn._session
         conn._given_back = Place.here()
-        logger.warning(
-            'a connection of pool "%s" came back while another task was at work on it: closed.'
-            " Acquired %s",
-            self.name,
-            session.checkout,
-        )
         assert session.checkout is not None
+        log("connection_busy", session.checkout.facts(), pool=self.name)
         self._end_checkout(session, session.checkout)
         _compat.set_owner(conn, None)
         last = remains(conn)
@@ -1303,9 +1298,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if dangerous:
             pgconn.finish()
         if pgconn.pipeline_status != NO_PIPELINE and not conn.leave_pipeline():
-            logger.warning(
-                'a connection of pool "%s" came back in pipeline mode: closed', self.name
-            )
+            log("connection_in_pipeline", pool=self.name)
             pgconn.finish()
         if pgconn.transaction_status == ACTIVE:
             self._between.now(session, "stopping a command")
@@ -1325,7 +1318,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 elif tells.failed_later:
                     _lost_work.warn_of_failed(self.name, tells)
             except Exception as ex:
-                logger.warning('pool "%s": error ignored in rollback: %s', self.name, in_words(ex))
+                log("rollback_failed", pool=self.name, reason=in_words(ex))
             finally:
                 timer.cancel()
         if isinstance(conn, RevokedConnection):
@@ -1491,12 +1484,12 @@ class BoundPool(_compat.TellingPool[ACT]):
             task.cancel()  # once more: psycopg may still be trying to stop a query of its own
         interruption = await self._settle(tasks) or interruption
         if late:
-            logger.warning(
-                'pool "%s" was closed after %.2f s with %d connection(s) still in use: %s',
-                self.name,
-                waited,
-                len(late),
-                "; ".join(late),
+            log(
+                "closed_late",
+                pool=self.name,
+                waited_seconds=waited,
+                number=len(late),
+                late="; ".join(late),
             )
         if interruption is not None:
             raise interruption
@@ -1506,7 +1499,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         try:
             step(*arguments)
         except Exception as ex:
-            logger.warning('pool "%s": error ignored in close(): %s', self.name, in_words(ex))
+            log("close_failed", pool=self.name, what="close()", reason=in_words(ex))
 
     def dismiss(self, conn: Any) -> asyncio.Task[None] | None:
         """End a connection that nobody holds; return the task of a close() of the user's own."""
@@ -1523,9 +1516,8 @@ class BoundPool(_compat.TellingPool[ACT]):
             _compat.set_owner(conn, None)  # close_returns is not meant here
             await conn.close()
         except Exception as ex:
-            logger.warning(
-                'pool "%s": error ignored in close() of a connection: %s', self.name, in_words(ex)
-            )
+            what = "close() of a connection"
+            log("close_failed", pool=self.name, what=what, reason=in_words(ex))
         finally:
             self._end_session(conn._session)
 
@@ -1608,6 +1600,7 @@ class BoundPool(_compat.TellingPool[ACT]):
 
     def _stop_timers(self) -> None:
         self._clock.stop()
+        self._storm.end()
         if self._leak_timer is not None:
             self._leak_timer.cancel()
         if self._slow_callbacks is not None:
@@ -1630,7 +1623,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                 pending = {task for task in pending if not task.done()}
         if pending:
             names = ", ".join(sorted(task.get_name() for task in pending))
-            logger.warning('pool "%s" is closed, but tasks go on: %s', self.name, names)
+            log("tasks_left", pool=self.name, tasks=names)
         return interruption
 
     async def _until_ended(self) -> None:

@@ -1,5 +1,5 @@
 """
-Proxies around a connection, and others like them; a leaf.
+Proxies around a connection, and others like them.
 
 The agents of Datadog, New Relic and Elastic let ``AsyncConnection.connect()`` return a
 `wrapt.ObjectProxy` around the connection, whose methods make spans. A handle is for one checkout,
@@ -9,12 +9,11 @@ would let that one into somebody else's session.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
-logger = logging.getLogger("poolkeeper")
+from ._log import log
 
 
 def unwrapped(given: Any, wanted: type) -> tuple[Any, list[Any]]:
@@ -61,12 +60,7 @@ def _can_be_made_anew(kind: type, mould: Any, inside: Any) -> bool:
 
 @cache
 def _leave_out(kind: type) -> None:
-    logger.warning(
-        "connect() gives connections in a proxy (%s.%s) that cannot be made anew for each"
-        " checkout: connections are handed out without it",
-        kind.__module__,
-        kind.__qualname__,
-    )
+    log("proxy_left_out", proxy=f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _maker(kind: type, mould: Any) -> Callable[[Any], Any]:

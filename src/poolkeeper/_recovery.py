@@ -5,7 +5,6 @@ When the connections of a pool are made: `Connector`.
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextvars import copy_context
 from functools import partial
 from time import monotonic
@@ -15,8 +14,7 @@ from . import _attempt, _conninfo
 from ._attempt import Attempt, Failure
 from ._binding import weakly
 from ._connection import run_own
-
-logger = logging.getLogger("poolkeeper")
+from ._log import log
 
 
 class Pool(Protocol):
@@ -247,11 +245,11 @@ class Connector:
 
     def _succeeded(self) -> None:
         if self.last_failure is not None:
-            logger.warning(  # as loud as its beginning
-                'pool "%s": connections can be made again, after %.1f s and %d failed attempt(s)',
-                self._pool.name,
-                monotonic() - self.failing_since,
-                self.failures,
+            log(
+                "outage_over",
+                pool=self._pool.name,
+                outage_seconds=monotonic() - self.failing_since,
+                attempts_failed=self.failures,
             )
         self.last_failure = None
         self.failures = 0

@@ -61,7 +61,7 @@ async def inner_caller(db: PoolManager[Any], until_then: asyncio.Event) -> None:
 
 
 async def test_a_suspected_leak_is_reported_once_with_the_calls_that_led_to_it(
-    make_manager: MakeManager, said: Said
+    make_manager: MakeManager, said: Said, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = make_manager(min_size=2, name="orders", leak_threshold=0.1)
     await db.open()
@@ -72,9 +72,11 @@ async def test_a_suspected_leak_is_reported_once_with_the_calls_that_led_to_it(
     await asyncio.sleep(0.4)
     (message,) = said("suspected leak")
     line = inner_caller.__code__.co_firstlineno + 1
-    first, *stack = message.splitlines()
-    assert re.match(r'pool "orders": suspected leak: a connection is held for \d\.\d s,', first)
-    assert first.endswith(f' acquired in task "report-7" at {HERE}:{line}')
+    (record,) = (r for r in caplog.records if r.getMessage() == message)
+    stack = vars(record)["stack"].splitlines()
+    assert record.stack_info == vars(record)["stack"]  # where a formatter for people prints it
+    assert re.match(r'pool "orders": suspected leak: a connection is held for \d\.\d s,', message)
+    assert message.endswith(f' acquired in task "report-7" at {HERE}:{line}')
     assert any("in outer_caller" in entry for entry in stack)
     assert any("in inner_caller" in entry for entry in stack)
     assert "async with db.connection():" in stack[-1]

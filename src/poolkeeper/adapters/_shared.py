@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -28,11 +27,10 @@ from poolkeeper import (
     PoolkeeperError,
     PoolManager,
 )
+from poolkeeper._log import log
 from poolkeeper._where import call_site as call_site
 from poolkeeper._where import program_frame as program_frame
 from poolkeeper.errors import see
-
-logger = logging.getLogger("poolkeeper")
 
 KEY = "poolkeeper"
 """Where an application keeps its manager, unless told otherwise."""
@@ -305,7 +303,7 @@ async def ready(
         return Answer.of(503, status="not ready", reason=reason)
     health = await manager.check(timeout)
     if not health.ok:
-        logger.info('pool "%s" is not ready: %s', manager.name, health.reason)
+        log("not_ready", pool=manager.name, reason=health.reason, kind=health.kind)
     return Answer.of(
         200 if health.ok else 503,
         status="ready" if health.ok else "not ready",

@@ -14,7 +14,6 @@ async def count(scope: Scope, receive: Receive, send: Send) -> None:
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, suppress
@@ -24,6 +23,7 @@ from typing import Any, TypeAlias, cast
 from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
+from poolkeeper._log import log
 
 from ._shared import (
     KEY,
@@ -38,8 +38,6 @@ from ._shared import (
 )
 
 __all__ = ["KEY", "LifespanMiddleware", "connection_from", "pool_from"]
-
-logger: logging.Logger = logging.getLogger("poolkeeper")
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -228,7 +226,7 @@ class _Inside:
             await self._say({"type": "lifespan.startup.complete"})
         if self._serving and not self._ending:
             if failure is not None:
-                logger.error("the application's lifespan failed while it serves", exc_info=failure)
+                log("lifespan_failed", error=failure)
             await self._receive()
         if failure is not None:
             raise failure
@@ -268,10 +266,10 @@ class _Inside:
         if failure is not None and self._event is None:
             # It has read the event: rather a failure than a refusal. The standard has servers
             # go on in both cases.
-            logger.warning("the application failed before it answered start-up", exc_info=failure)
+            log("lifespan_unanswered", error=failure)
         else:
             said = "it returned" if failure is None else _first_line(failure)
-            logger.info("the application takes no part in the ASGI lifespan: %s", said)
+            log("lifespan_refused", reason=said)
 
 
 class _StandIn:
@@ -310,7 +308,7 @@ class _StandIn:
             await run({"type": "lifespan", "asgi": asgi, "state": {}}, self._receive, self._send)
         except Exception as ex:
             if self._up.is_set():
-                logger.error("the application's shutdown failed", exc_info=ex)
+                log("shutdown_failed", error=ex)
             self._failure = ex
         finally:
             self._up.set()
