@@ -20,8 +20,9 @@ from psycopg import generators, pq
 from psycopg.abc import PQGen
 
 from ._checkouts import Checkout
-from ._connection import KIND_PARAMETERS, READ_ONLY, STANDBY, BoundConnection, Session
+from ._connection import BoundConnection
 from ._log import log
+from ._session import KIND_PARAMETERS, READ_ONLY, STANDBY, Session
 
 IDENTITY = frozenset({b"session_authorization", b"is_superuser"})
 """Not settings of their own: RESET SESSION AUTHORIZATION and RESET ROLE bring them back."""

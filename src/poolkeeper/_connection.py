@@ -1,37 +1,25 @@
 """
 Connections that know which pool they belong to, and for how long.
 
-`BoundClasses` makes what the user's ``connect()`` returned a connection of one life of a pool: an
-object of a subclass, made by `bound_class()`, that checks the event loop before each I/O.
-
-What a borrower holds is a *handle*: one connection object for one checkout. When it is given
-back, `Session.successor()` makes a new object of the same class over the same server session,
-from a template taken after ``configure``, and `retire()` turns the old one into an object that
-refuses everything. So a late use is refused even when the session is somebody else's by then,
-and what a borrower changed on the object is gone with the object.
+A `BoundConnection` checks the event loop before each I/O. One that was given back, or whose
+session the pool has closed, is a `RetiredConnection` and refuses everything.
 """
-# A handle is made from the attributes that psycopg gives a connection.
+# A connection is bound by way of the attributes that psycopg gives it.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
 import asyncio
-import select
-import socket
 import sys
 import weakref
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import partial
 from time import monotonic
-from types import MemberDescriptorType
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, cast
 
 import psycopg
 from psycopg import AsyncConnection, generators, pq, waiting
-from psycopg._connection_base import BaseConnection
 from psycopg._cursor_base import BaseCursor
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
@@ -39,21 +27,16 @@ from typing_extensions import TypeVar, override
 
 from ._binding import LoopBinding
 from ._checkouts import Checkout
-from ._proxies import makers, unwrapped
+from ._session import UNKNOWN, Handle, Session, SharedAdapters, shut_down
 from ._where import Place
-from ._words import in_words
-from .errors import ClosedError, ConfigError, PoolkeeperError, ReleasedConnectionError, see
+from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
 
 IDLE = pq.TransactionStatus.IDLE
 ACTIVE = pq.TransactionStatus.ACTIVE
 INERROR = pq.TransactionStatus.INERROR
-UNKNOWN = pq.TransactionStatus.UNKNOWN
-BAD = pq.ConnStatus.BAD
 NO_PIPELINE = pq.PipelineStatus.OFF
-
-_new = object.__new__  # a class of the user's may want arguments
 
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
@@ -76,31 +59,6 @@ async def run_own(work: Callable[[], Awaitable[None]]) -> None:
     """Do *work* in this task, which is the pool's own: nobody waits for a server's answer."""
     _in_own_task.set(True)
     await work()
-
-
-# Parameters of a session that PostgreSQL reports when they change (search_path: since 18): those
-# that a client can change, and the two that tell a server that takes writes from one that does
-# not. Documented in "Asynchronous Operations", protocol chapter.
-REPORTED_PARAMETERS = (
-    b"client_encoding",
-    b"DateStyle",
-    b"IntervalStyle",
-    b"TimeZone",
-    b"application_name",
-    b"search_path",
-    b"default_transaction_read_only",
-    b"standard_conforming_strings",
-    b"session_authorization",
-    b"is_superuser",
-    b"in_hot_standby",
-)
-
-READ_ONLY = b"default_transaction_read_only"
-STANDBY = b"in_hot_standby"  # the server's alone to change, "on" until it is promoted
-KIND_PARAMETERS = frozenset({READ_ONLY, STANDBY})
-"""What tells one kind of server from another; reported since PostgreSQL 14."""
-
-_KIND = [REPORTED_PARAMETERS.index(name) for name in (READ_ONLY, STANDBY)]
 
 
 class Keeper(Protocol):
@@ -132,18 +90,11 @@ class BoundLock(asyncio.Lock):
         return super().acquire()
 
 
-class BoundConnection(AsyncConnection[Any]):
+class BoundConnection(Handle):
     """What poolkeeper adds to a connection class. Made concrete by `bound_class()`."""
 
     _user_class: ClassVar[type[AsyncConnection[Any]]]
     _keeper: ClassVar[weakref.ref[Any]]
-    _binding: ClassVar[LoopBinding]
-    _lock_class: ClassVar[type[BoundLock]]
-    _released_class: ClassVar[type[RetiredConnection]]
-    _revoked_class: ClassVar[type[RetiredConnection]]
-
-    _session: Session
-    _checkout: Checkout | None = None
     _under_way: PQGen[Any] | None = None
     _stopping = False  # where cancellations are lost: psycopg has noticed this one
     _dropped: asyncio.CancelledError | None = None  # and this one it has not
@@ -242,7 +193,7 @@ class BoundConnection(AsyncConnection[Any]):
         adapters = self._adapters
         if sys._getframe(1).f_code is not _MAKES_CURSOR or adapters is None:
             adapters = super().adapters
-            if isinstance(adapters, _SharedAdapters):
+            if isinstance(adapters, SharedAdapters):
                 adapters.handed_out = True
         return adapters
 
@@ -535,401 +486,6 @@ class RevokedConnection(RetiredConnection):
         )
 
 
-def bound_class(
-    user_class: type[AsyncConnection[Any]], keeper: Keeper, binding: LoopBinding | None
-) -> type[BoundConnection]:
-    """Return a subclass of *user_class* whose connections belong to *keeper* and *binding*."""
-
-    def derive(prefix: str, *bases: type, **namespace: Any) -> Any:
-        name = f"{prefix}{user_class.__name__}"
-        return type(name, bases, {"__module__": "poolkeeper", "__qualname__": name, **namespace})
-
-    bound = derive(
-        "Bound",
-        BoundConnection,
-        user_class,
-        _user_class=user_class,
-        _keeper=weakref.ref(keeper),
-        _binding=binding,
-    )
-    bound.exits_like_psycopg = _leaves_to_psycopg(user_class, "__aexit__", "commit", "rollback")
-    bound.closes_like_psycopg = _leaves_to_psycopg(user_class, "close")
-    bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
-    bound._released_class = derive("Released", ReleasedConnection, bound)
-    bound._revoked_class = derive("Revoked", RevokedConnection, bound)
-    return cast("type[BoundConnection]", bound)
-
-
-def _leaves_to_psycopg(user_class: type[AsyncConnection[Any]], *methods: str) -> bool:
-    return all(getattr(user_class, name) is getattr(AsyncConnection, name) for name in methods)
-
-
-_OURS = frozenset(
-    name
-    for name in (*BoundConnection.__annotations__, *vars(BoundConnection))
-    if not name.startswith("__") and not hasattr(AsyncConnection, name)
-)
-"""Names of attributes that a connection must not have of its own."""
-
-
-def check_class(user_class: type[AsyncConnection[Any]]) -> None:
-    """
-    Return if connections of *user_class* can be made a pool's.
-
-    Raises:
-        TypeError: With the reason why they cannot.
-    """
-    _check_names(name for name in _OURS if hasattr(user_class, name))
-    try:
-        retired = bound_class(user_class, cast(Any, BoundConnection), None)._released_class
-        object.__new__(retired)  # of a class that has no __del__() of the user's
-    except Exception as ex:
-        raise TypeError(f"no subclass of it can be made and used: {in_words(ex)}") from ex
-
-
-def _check_names(taken: Iterable[str]) -> None:
-    if names := ", ".join(sorted(taken)):
-        raise TypeError(f"it has {names}, which poolkeeper needs for itself")
-
-
-class BoundClasses:
-    """
-    The bound classes of one life of a pool, by the class of the connections that they are for.
-
-    Connections are made by the user's class, as psycopg_pool would make them, and become the
-    pool's afterwards. So ``connect()`` may be patched, and return what it likes: a connection of
-    another class, or one in a proxy.
-    """
-
-    def __init__(self, keeper: Keeper, binding: LoopBinding) -> None:
-        self._keeper = keeper
-        self._binding = binding
-        self._by_user_class: dict[type, type[BoundConnection]] = {}
-
-    def bind(self, given: Any) -> Any:
-        """
-        Make *given*, which the user's ``connect()`` returned, a connection of the pool.
-
-        Returns:
-            What to call it by: itself, or a proxy like the one that it came in.
-
-        Raises:
-            ConfigError: If it cannot be one.
-        """
-        conn, proxies = unwrapped(given, AsyncConnection)
-        kind: Any = cast(Any, type(conn))
-        try:
-            bound = self._by_user_class.get(kind)
-            if bound is None:
-                bound = self._by_user_class[kind] = self._bound(kind)
-            _check_names(name for name in _OURS if name in vars(conn))
-            conn.__class__ = bound
-        except TypeError as ex:
-            if isinstance(conn, BaseConnection) and not isinstance(conn, BoundConnection):
-                conn.pgconn.finish()
-            raise ConfigError(
-                f"connect() returned a {kind.__module__}.{kind.__qualname__}, which cannot be kept"
-                f" in a pool: {ex}",
-                parameter="connection_class",
-                detail="It is connect() of the connection_class, or what has taken its place.",
-                hint=f"Let it return a psycopg.AsyncConnection of its own. {see('config')}",
-            ) from ex
-        conn.lock = bound._lock_class()
-        slots = _slots(kind)
-        if not proxies and not slots:
-            conn._session = Session(conn)
-            return conn
-        stand_in = object.__new__(bound._released_class)
-        conn._session = session = DressedSession(conn, slots, makers(proxies, conn, stand_in))
-        return session.dressed(conn)
-
-    def _bound(self, kind: Any) -> type[BoundConnection]:
-        if BoundConnection in kind.__mro__:
-            raise TypeError("it is a pool's already")
-        if AsyncConnection not in kind.__mro__:
-            raise TypeError("that is no psycopg.AsyncConnection")
-        check_class(kind)
-        return bound_class(kind, self._keeper, self._binding)
-
-
-def _slots(kind: type) -> list[Any]:
-    """Return the descriptors of what an object of *kind* keeps in ``__slots__``."""
-    return [
-        attribute
-        for cls in kind.__mro__
-        for attribute in vars(cls).values()
-        if isinstance(attribute, MemberDescriptorType)
-    ]
-
-
-def retire(conn: BoundConnection) -> None:
-    """Refuse every further use of *conn*, which was given back."""
-    conn.__class__ = conn._released_class
-
-
-def revoke(conn: BoundConnection) -> None:
-    """Refuse every further use of *conn*, whose session the pool closes."""
-    conn.__class__ = conn._revoked_class
-
-
-class Session:
-    """
-    One server session, whichever handle stands for it now.
-
-    Attributes:
-        checkout: Who holds it; None while nobody does.
-        configured: The reported parameters that ``configure`` has set.
-        in_question: True if another session was found on a server that has become another kind,
-            and this one was not looked at yet.
-        in_pool: True while the pool counts it, so that it must not be lost.
-        returned: The checkout that has ended last, until the session is put right.
-        unlocked: Done when the transaction of who gave it back last is over, if one was open.
-        heard_at: When an exchange with the server ended last, or its socket was found quiet.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_adapters",
-        "_expected",
-        "_fixed",
-        "_handle",
-        "_notice_handlers",
-        "_notify_handlers",
-        "_parameters",
-        "_poll",
-        "_prepare",
-        "checkout",
-        "configured",
-        "heard_at",
-        "in_pool",
-        "in_question",
-        "pgconn",
-        "returned",
-        "unlocked",
-    )
-
-    def __init__(self, conn: BoundConnection) -> None:
-        self.pgconn = conn.pgconn
-        self.configured: frozenset[bytes] = frozenset()
-        self._parameters = self._reported_parameters()
-        self.accept_parameters()
-        self.heard_at = 0.0
-        self.checkout: Checkout | None = None
-        self.returned: Checkout | None = None
-        self.in_pool = False
-        self.unlocked: asyncio.Future[None] | None = None
-        self._handle = weakref.ref(conn)
-
-    @property
-    def handle(self) -> BoundConnection | None:
-        """The handle that stands for the session, unless it was dropped."""
-        return self._handle()
-
-    @property
-    def template(self) -> dict[str, Any]:
-        """The attributes of every later handle."""
-        return self._fixed
-
-    def settle(self, conn: BoundConnection) -> None:
-        """
-        Remember *conn* as it is: what every later borrower shall find.
-
-        Called when it joins the pool, so after ``configure``.
-        """
-        conn._adapters = _SharedAdapters(conn.adapters)
-        self._adapters = AdaptersMap(conn._adapters)
-        self._notice_handlers = conn._notice_handlers.copy()
-        self._notify_handlers = conn._notify_handlers.copy()
-        self._prepare = (conn._prepared.prepare_threshold, conn._prepared.prepared_max)
-        self.accept_parameters()
-        self._poll = _poll_for(conn.pgconn.socket)
-        # Bound once to whichever handle is current, not to each handle in turn. Through a weak
-        # reference, so that a connection that is dropped is gone at once.
-        current = _CurrentHandle(weakref.ref(self))
-        conn.pgconn.notice_handler = partial(BaseConnection._notice_handler, cast(Any, current))
-        conn.pgconn.notify_handler = partial(BaseConnection._notify_handler, cast(Any, current))
-        fixed = dict(vars(conn))
-        for per_handle in (
-            "_adapters", "_notice_handlers", "_notify_handlers", "_notifies_backlog", "_pool",
-            "_checkout", "lock", "_session", "pgconn", "_cancelling",
-        ):  # fmt: skip
-            fixed.pop(per_handle, None)
-        fixed["_pool"] = None
-        self._fixed = fixed
-        self.in_pool = True
-
-    def is_quiet(self) -> bool:
-        """
-        Tell whether nothing has come from the server. Costs no round trip.
-
-        An idle session that is not quiet was ended, or has something harmless to say.
-        """
-        return self.pgconn.status != BAD and not self._poll()
-
-    def _reported_parameters(self) -> tuple[bytes | None, ...]:
-        return tuple(map(self.pgconn.parameter_status, REPORTED_PARAMETERS))
-
-    def changed_parameters(self) -> list[tuple[bytes, bytes | None]]:
-        """Return the reported parameters that are not as they were, with what they were."""
-        now = self._reported_parameters()
-        return [
-            (name, was)
-            for name, was, value in zip(REPORTED_PARAMETERS, self._parameters, now, strict=True)
-            if was != value
-        ]
-
-    @property
-    def parameters_unchanged(self) -> bool:
-        """True if every reported parameter is as it was, and no doubt. Costs no round trip."""
-        return self._reported_parameters() == self._expected
-
-    def accept_parameters(self) -> bool:
-        """
-        Let the parameters be as they are now: whoever has changed them, no borrower has.
-
-        Returns:
-            True if the server is of another kind than it was.
-        """
-        same = self.same_kind
-        self._parameters = now = self._reported_parameters()
-        self._expected: tuple[bytes | None, ...] | None = now  # None while in doubt
-        self.in_question = False
-        return not same
-
-    @property
-    def same_kind(self) -> bool:
-        """True if the server does not report that it has become another kind of server."""
-        was, now = self._parameters, self._reported_parameters()
-        return all(was[i] == now[i] for i in _KIND)
-
-    @property
-    def kind(self) -> str:
-        """What kind of server this is, in the server's words; "" if it does not say."""
-        pairs = [(REPORTED_PARAMETERS[i], self._parameters[i]) for i in _KIND]
-        return ", ".join(f"{name.decode()}={v.decode()}" for name, v in pairs if v is not None)
-
-    def doubt(self) -> None:
-        """Let the release look, whatever is reported: this may be the wrong server by now."""
-        self._expected = None
-
-    def question(self) -> None:
-        """Let it be looked at, because of another session, even if it comes back unused."""
-        self.in_question = True
-        self.doubt()
-        if self.checkout is not None:
-            self.checkout.used = True
-
-    @property
-    def in_doubt(self) -> bool:
-        """True if the release is to look, whatever is reported."""
-        return self._expected is None
-
-    @staticmethod
-    def forget_prepared(conn: BoundConnection) -> None:
-        """
-        Forget the prepared statements of the session: the server has, by DISCARD ALL.
-
-        psycopg 3.3 looks for that command only the first time that it runs it.
-        """
-        conn._prepared.clear()
-        conn._prepared._to_flush.clear()
-
-    def forget_added_handlers(self, conn: BoundConnection) -> None:
-        """Take away the handlers that ``configure``, run again, added a second time."""
-        conn._notice_handlers = list(self._notice_handlers)
-        conn._notify_handlers = list(self._notify_handlers)
-
-    def successor(self, conn: BoundConnection) -> BoundConnection:
-        """
-        Retire *conn*, which was given back, and return the next handle of the session.
-
-        The new one is as the first one was when it left ``configure``.
-        """
-        cls = conn.__class__
-        old = conn.__dict__
-        fresh = _new(cls)
-        new = fresh.__dict__
-        new.update(self._fixed)
-        new["pgconn"] = self.pgconn
-        new["_session"] = self
-        # A generator that was left half-way still holds the lock, and will let it go some day.
-        lock = old["lock"]
-        new["lock"] = cls._lock_class() if lock.locked() else lock
-        new["_notice_handlers"] = self._notice_handlers.copy()
-        new["_notify_handlers"] = self._notify_handlers.copy()
-        backlog = old["_notifies_backlog"]
-        new["_notifies_backlog"] = deque() if backlog or backlog is None else backlog
-        adapters = old["_adapters"]
-        new["_adapters"] = _SharedAdapters(self._adapters) if adapters.handed_out else adapters
-        prepared = old["_prepared"]
-        threshold, most = self._prepare
-        if prepared.prepare_threshold != threshold or prepared.prepared_max != most:
-            prepared.prepare_threshold, prepared.prepared_max = threshold, most
-        self._handle = weakref.ref(fresh)
-        conn.__class__ = cls._released_class
-        return fresh
-
-    def in_place_of(self, conn: BoundConnection) -> BoundConnection:
-        """Retire *conn*; return a handle like it, of the same checkout, with a lock of its own."""
-        fresh = _new(conn.__class__)
-        vars(fresh).update(vars(conn), lock=conn._lock_class())
-        self._handle = weakref.ref(fresh)
-        retire(conn)
-        return fresh
-
-
-class DressedSession(Session):
-    """A session whose handles are more than their attributes: proxies around them, slots."""
-
-    __slots__ = ("_makers", "_slots", "_values")
-
-    def __init__(
-        self, conn: BoundConnection, slots: list[Any], makers: list[Callable[[Any], Any]]
-    ) -> None:
-        super().__init__(conn)
-        self._slots = slots
-        self._makers = makers
-
-    @override
-    def settle(self, conn: BoundConnection) -> None:
-        super().settle(conn)
-        handle = self.handle
-        self._values = [
-            (slot, slot.__get__(handle)) for slot in self._slots if _is_set(slot, handle)
-        ]
-
-    @override
-    def successor(self, conn: BoundConnection) -> BoundConnection:
-        fresh = super().successor(conn)
-        for slot, value in self._values:
-            slot.__set__(fresh, value)
-        return self.dressed(fresh)
-
-    @override
-    def in_place_of(self, conn: BoundConnection) -> BoundConnection:
-        was = self.handle
-        fresh = super().in_place_of(conn)
-        for slot in self._slots:
-            if _is_set(slot, was):
-                slot.__set__(fresh, slot.__get__(was))
-        return self.dressed(fresh)
-
-    def dressed(self, conn: BoundConnection) -> BoundConnection:
-        """Return *conn* in its proxies."""
-        dressed: Any = conn
-        for make in self._makers:
-            dressed = make(dressed)
-        return cast(BoundConnection, dressed)
-
-
-def _is_set(slot: Any, conn: object) -> bool:
-    try:
-        slot.__get__(conn)
-    except AttributeError:
-        return False
-    return True
-
-
 def _is_unfinished(gen: PQGen[Any] | None) -> bool:
     return getattr(gen, "gi_frame", None) is not None
 
@@ -944,60 +500,6 @@ def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
         elif result.status == pq.ExecStatus.COPY_IN:
             with suppress(psycopg.Error):
                 yield from generators.copy_end(pgconn, b"not ended by the client")
-
-
-def remains(conn: BoundConnection) -> BoundConnection:
-    """Return an object that stands for the session of *conn* once that is retired, to end it."""
-    conn._session.in_pool = False
-    last = _new(conn.__class__)
-    vars(last).update(vars(conn), _checkout=None, _pool=None)
-    return last
-
-
-class _Gone:
-    """Stands for a connection of libpq's that is closed."""
-
-    status = BAD
-    pipeline_status = pq.PipelineStatus.OFF
-    transaction_status = UNKNOWN
-
-
-def part_from_pipeline(conn: BoundConnection) -> None:
-    """
-    Take the session away from the pipeline of *conn*, which was given back in the middle of it.
-
-    At its end psycopg's pipeline ends pipeline mode without a look at the connection (3.3.9).
-    """
-    if (pipeline := vars(conn).get("_pipeline")) is not None:
-        pipeline.pgconn = _Gone
-
-
-def _poll_for(fileno: int) -> Callable[[], object]:
-    """Return a function that says, at once, whether *fileno* can be read."""
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        poller.register(fileno, select.POLLIN)
-        return partial(poller.poll, 0)
-    return lambda: select.select([fileno], [], [], 0)[0]  # Windows
-
-
-def shut_down(pgconn: Any) -> None:
-    """Shut the socket of *pgconn* down without closing its descriptor, which libpq owns."""
-    with suppress(OSError), socket.socket(fileno=socket.dup(pgconn.socket)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
-
-
-class _CurrentHandle:
-    """Called, as a `weakref.ref` is, gives the handle that stands for a session now."""
-
-    __slots__ = ("_session",)
-
-    def __init__(self, session: weakref.ref[Session]) -> None:
-        self._session = session
-
-    def __call__(self) -> BoundConnection | None:
-        session = self._session()
-        return session.handle if session is not None else None
 
 
 class _Settled(Generic[T]):
@@ -1120,10 +622,3 @@ class _Rest:
 
 async def _drive(rest: _Rest) -> Any:
     return await rest
-
-
-class _SharedAdapters(AdaptersMap):
-    """An adapters map that the handles of a session share, as long as nobody else has it."""
-
-    handed_out = False
-    """True once anybody but psycopg's cursors, which copy it, was given it: he may keep it."""

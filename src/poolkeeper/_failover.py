@@ -18,8 +18,8 @@ from time import monotonic
 from typing import Any, Protocol
 
 from . import _cleaning, _compat
-from ._connection import Session
 from ._log import log
+from ._session import Session
 from ._words import class_name
 
 

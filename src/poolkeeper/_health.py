@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from . import _cleaning, _facts
 from ._attempt import Attempt, Failure, enter
-from ._connection import shut_down
+from ._session import shut_down
 
 
 class Pool(Protocol):

@@ -24,7 +24,7 @@ from typing_extensions import TypeVar
 
 from . import _conninfo, _facts, _health, _lost_work
 from ._binding import beginning
-from ._connection import check_class
+from ._classes import check_class
 from ._pool import BoundPool, CheckoutContext, State
 from ._where import Behalf, code_behind, coroutine_function, warn_user
 from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see

@@ -38,22 +38,16 @@ from ._between import Between
 from ._binding import LoopBinding, beginning, inherited, weakly
 from ._checking import Checks
 from ._checkouts import Checkout, Holder, Ledger, Line, LineClock, SlowCallbacks, Waiter
+from ._classes import BoundClasses
 from ._cleaning import Cleaner
 from ._connection import (
     CANCEL_GRACE,
     LEFT_OPEN,
-    BoundClasses,
     BoundConnection,
     ReleasedConnection,
     RetiredConnection,
     RevokedConnection,
-    Session,
-    part_from_pipeline,
-    remains,
-    retire,
-    revoke,
     run_own,
-    shut_down,
 )
 from ._conninfo import normalise, parse
 from ._failover import Failover
@@ -61,6 +55,7 @@ from ._health import Question
 from ._log import log
 from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
+from ._session import Session, part_from_pipeline, remains, retire, revoke, shut_down
 from ._storm import Storm
 from ._where import Behalf, Place, code_behind, coroutine_function, site
 from ._words import in_words, raised_by

@@ -14,7 +14,7 @@ import pytest
 
 from poolkeeper import PoolManager, _compat, _pool
 from poolkeeper._checkouts import Ledger
-from poolkeeper._connection import Session
+from poolkeeper._session import Session
 
 MakeManager = Callable[..., PoolManager[Any]]
 

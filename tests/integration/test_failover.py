@@ -14,9 +14,9 @@ import psycopg
 import pytest
 
 from poolkeeper import PoolManager
-from poolkeeper._connection import REPORTED_PARAMETERS, Session
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._failover import Failover
+from poolkeeper._session import REPORTED_PARAMETERS, Session
 from tests.support.pair import Pair, pair, set_read_only
 from tests.support.pooler import OwningPooler
 from tests.support.proxy import FaultProxy

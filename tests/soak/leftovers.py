@@ -13,8 +13,9 @@ from typing import Any
 
 from poolkeeper._binding import LoopBinding
 from poolkeeper._checkouts import Checkout, Waiter
-from poolkeeper._connection import BoundConnection, Session
+from poolkeeper._connection import BoundConnection
 from poolkeeper._recovery import Connector
+from poolkeeper._session import Session
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

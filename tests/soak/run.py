@@ -27,7 +27,8 @@ from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import AcquireTimeout, PoolManager
 from poolkeeper._checkouts import Checkout, Waiter
-from poolkeeper._connection import BoundConnection, Session
+from poolkeeper._connection import BoundConnection
+from poolkeeper._session import Session
 
 from . import messes  # noqa: F401 - registers its kinds of work
 from .book import Book, Money, Wrong, require

@@ -23,8 +23,9 @@ import psycopg
 import pytest
 
 from poolkeeper import AcquireTimeout, PoolManager
-from poolkeeper._connection import RetiredConnection, Session
+from poolkeeper._connection import RetiredConnection
 from poolkeeper._pool import State
+from poolkeeper._session import Session
 
 MakeManager = Callable[..., PoolManager[Any]]
 

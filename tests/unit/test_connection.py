@@ -8,7 +8,7 @@ import select
 import pytest
 
 from poolkeeper._binding import LoopBinding
-from poolkeeper._connection import _poll_for
+from poolkeeper._session import _poll_for
 from poolkeeper.errors import LoopMismatchError
 
 
