@@ -151,8 +151,9 @@ def agrees(said: str, shown: str) -> bool:
 
     A line ``...`` stands for lines that are left out, and of a traceback the end is enough.
     """
-    parts = [re.escape(normal(part)) for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE)]
-    found = re.fullmatch(" ?(?:.* )?".join(parts), normal(said))
+    parts = [normal(part) for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE)]
+    words = [rf"(?<!\S){re.escape(part)}(?!\S)" if part else "" for part in parts]
+    found = re.fullmatch(".*".join(words), normal(said))
     return bool(found) or ("Traceback" in said and normal(said).endswith(normal(shown)))
 
 

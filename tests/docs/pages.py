@@ -33,16 +33,8 @@ from .walk import TYPED, NotAsShown, Reader
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-NOT_YET = {
-    "aiohttp", "asgi", "blacksheep", "django", "falcon", "grpc", "litestar", "mcp", "quart",
-    "sanic", "starlette",
-}  # fmt: skip
 ELSEWHERE = {"logging"}  # what it shows is compared field by field, in test_logging.py
-PAGES = [
-    page
-    for page in sorted(DOCS.glob("howto/*.md"))
-    if page.stem not in NOT_YET and page.stem not in ELSEWHERE
-]
+PAGES = [page for page in sorted(DOCS.glob("howto/*.md")) if page.stem not in ELSEWHERE]
 TWICE = 2
 
 

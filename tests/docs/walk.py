@@ -118,11 +118,12 @@ class Reader:
         path = self._directory / str(block.file)
         path.parent.mkdir(parents=True, exist_ok=True)
         body = block.body.replace(PORT, self._port)
+        if path.exists():  # what runs may have imported it
+            for server in self._servers:
+                server.is_old = True
         if block.continues:
             body = f"{path.read_text()}\n\n{body}"
         path.write_text(body)
-        for server in self._servers:
-            server.is_old = True
 
     def _type(self, block: Block, lines: list[str], shown: Block | None) -> None:
         self._refresh()
