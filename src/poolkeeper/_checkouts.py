@@ -16,13 +16,13 @@ from contextvars import copy_context
 from heapq import heappop, heappush
 from itertools import islice, takewhile
 from time import monotonic
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, TypeAlias
 
 from typing_extensions import override
 
 from . import _facts
-from ._where import site
+from ._where import Code, asker, site
 from .errors import another
 
 # --- those who wait ---------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class Waiter:
         loop: asyncio.AbstractEventLoop,
         timeout: float,
         deadline: float,
-        code: CodeType,
+        code: Code,
         lineno: int,
     ) -> None:
         self.future: asyncio.Future[Any] = loop.create_future()
@@ -455,7 +455,7 @@ class Checkout:
         self,
         session: Any,
         task: asyncio.Task[Any],
-        code: CodeType,
+        code: Code,
         lineno: int,
         structured: bool,
         since: float,
@@ -514,7 +514,7 @@ class Checkout:
         }
 
     def __str__(self) -> str:
-        return f'in task "{self.task_name}" at {site(self.code, self.lineno)}'
+        return f'in task "{self.task_name}" at {asker(self.code, self.lineno)}'
 
 
 class _Window:

@@ -311,8 +311,8 @@ def _hardly_used(s: PoolSnapshot) -> Finding | None:
     ]
     if not rows or not _is_full(s) or not _is_most(len(rows), s):
         return None
-    sites = Counter(row.site for row in rows)
-    lines = ", ".join(f"{site} ({n}x)" if n > 1 else site for site, n in sites.most_common(_NAMED))
+    askers = Counter(map(_asker, rows))
+    lines = ", ".join(f"{who} ({n}x)" if n > 1 else who for who, n in askers.most_common(_NAMED))
     held = sum(row.held_seconds for row in rows)
     used = sum(row.query_seconds for row in rows)
     return Finding(
@@ -473,12 +473,16 @@ _UNKNOWN = Finding("unknown", "no connection became free", ("What kept them is n
 def _list(word: str, rows: Iterable[CheckoutRow]) -> str:
     rows = list(rows)
     shown = "; ".join(
-        f'task "{row.task}" at {row.site}, held {row.held_seconds:.1f} s, in queries'
+        f'task "{row.task}" at {_asker(row)}, held {row.held_seconds:.1f} s, in queries'
         f" {row.query_seconds:.1f} s, {row.status} (server process {row.backend_pid})"
         for row in rows[:_NAMED]
     )
     more = f"; and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
     return f"{word}: {shown}{more}."
+
+
+def _asker(row: CheckoutRow) -> str:
+    return row.asker or row.site
 
 
 def _number(number: int, noun: str) -> str:

@@ -405,7 +405,7 @@ class PoolManager(Generic[ACT_co]):
         frame = sys._getframe(1)
         if caller is None:
             return CheckoutContext(self._pool, timeout, frame)
-        if isinstance(caller, FrameType):
+        if isinstance(caller, FrameType | Behalf):
             return CheckoutContext(self._pool, timeout, caller)
         if not callable(caller):
             raise _bad("caller", caller, "a frame, a function or None")

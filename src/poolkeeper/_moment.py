@@ -13,14 +13,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import replace
-from types import CodeType
 from typing import Any, NamedTuple, TypeAlias
 
 from psycopg import pq
 
 from . import _facts
 from ._checkouts import Checkout, Holder, Load, Waiter, stalled_seconds
-from ._where import site
+from ._where import Code, asker, site
 from .errors import see
 
 IDLE = pq.TransactionStatus.IDLE
@@ -37,7 +36,7 @@ class Held(NamedTuple):
     of: int
     """Tells its task from the others."""
 
-    code: CodeType
+    code: Code
     lineno: int
     since: float
     busy_seconds: float
@@ -57,7 +56,7 @@ class Waiting(NamedTuple):
 
     task: str
     of: int
-    code: CodeType
+    code: Code
     lineno: int
     since: float
 
@@ -175,6 +174,7 @@ class Moment:
                         site=site(one.code, one.lineno),
                         waited_seconds=self.when - one.since,
                         holds=holds[one.of],
+                        asker=asker(one.code, one.lineno),
                     )
                     for one in self._waiting
                 ),
@@ -212,6 +212,7 @@ class Moment:
             in_block=one.in_block,
             suspected_leak=one.reported,
             stack=Checkout.stack_in_words(one.stack),
+            asker=asker(one.code, one.lineno),
         )
 
     def account(self, timeout: float, waited: float) -> tuple[str, str, str, _facts.Diagnosis]:

@@ -24,7 +24,7 @@ from functools import partial, wraps
 from math import modf
 from time import monotonic
 from traceback import clear_frames
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Literal, ParamSpec, TypeAlias, cast
 
 import psycopg
@@ -57,7 +57,7 @@ from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
 from ._session import Session, part_from_pipeline, remains, retire, revoke, shut_down
 from ._storm import Storm
-from ._where import Behalf, Place, code_behind, coroutine_function, site
+from ._where import Behalf, Code, Place, code_behind, coroutine_function, site
 from ._words import in_words, raised_by
 from .errors import (
     AcquireTimeout,
@@ -834,7 +834,7 @@ class BoundPool(_compat.TellingPool[ACT]):
                     raise self._refusal(timeout, now - began, code, lineno)
 
     async def _wait_in_line(
-        self, timeout: float, deadline: float, code: CodeType, lineno: int, joined: float
+        self, timeout: float, deadline: float, code: Code, lineno: int, joined: float
     ) -> Any:
         """
         Wait until a connection is handed over.
@@ -928,7 +928,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         )
 
     def _refusal(
-        self, timeout: float, waited: float | None, code: CodeType, lineno: int
+        self, timeout: float, waited: float | None, code: Code, lineno: int
     ) -> AcquireTimeout:
         """
         Return why an acquire fails that is not in line; it is logged.
@@ -1801,7 +1801,7 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         contextlib runs a generator anew for each call of a function that it decorates.
         """
         code = self._frame
-        if not isinstance(code, CodeType):
+        if not isinstance(code, Code):
             return self
         place = Behalf(code, sys._getframe(1), self._lineno)
         return CheckoutContext(self._pool, self._timeout, place, self._enclosed)

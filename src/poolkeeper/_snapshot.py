@@ -52,6 +52,12 @@ class CheckoutRow:
     stack: str = ""
     """Stack of the acquire; kept only where ``leak_threshold`` is set."""
 
+    asker: str = ""
+    """
+    Who acquired it, as people think of it, as far as that is known:
+    ``GET /orders/{id}, web.py:9 in order``.
+    """
+
     @property
     def used_share(self) -> float:
         """Share of the held time that was spent waiting for the server, 0 to 1."""
@@ -67,6 +73,9 @@ class WaiterRow:
     waited_seconds: float
     holds: int
     """How many connections the task holds already."""
+
+    asker: str = ""
+    """Who waits, as in `CheckoutRow`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import linecache
 import os
+import re
 import sys
 import threading
 import warnings
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -164,16 +166,38 @@ def warn_user(message: str, category: type[Warning], caller: str | None = None) 
     )
 
 
+class Handler(NamedTuple):
+    """What answers a request: stands where its code object would."""
+
+    code: CodeType
+    method: str
+    """HTTP method, or ``WEBSOCKET``."""
+
+    route: str
+    """Template of the path, never the path itself: what stands in that is the client's own."""
+
+
+Code: TypeAlias = CodeType | Handler
+
+
 class Behalf:
-    """Code that something is done for without being called: stands where a frame of it would."""
+    """
+    Code that something is done for without being called: stands where a frame of it would.
+
+    Args:
+        code: The code.
+        frame: Who does it.
+        lineno: The line; that of its ``def`` if None.
+    """
 
     __slots__ = ("f_back", "f_code", "f_lineno")
 
-    def __init__(self, code: CodeType, frame: FrameType, lineno: int | None = None) -> None:
-        self.f_code: CodeType = code
-        self.f_lineno: int = code.co_firstlineno if lineno is None else lineno
+    def __init__(self, code: Code, frame: FrameType, lineno: int | None = None) -> None:
+        self.f_code: Code = code
+        if lineno is None:
+            lineno = (code.code if isinstance(code, Handler) else code).co_firstlineno
+        self.f_lineno: int = lineno
         self.f_back: FrameType = frame
-        """Who does it."""
 
 
 def raised_at(error: BaseException) -> str:
@@ -200,12 +224,13 @@ def raised_at(error: BaseException) -> str:
 
 
 _STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
+_POOLKEEPER = f"{Path(__file__).parent}{os.sep}"
 
 
 def _is_installed(path: str) -> bool:
     """Tell whether *path* is the standard library's, or that of an installed package."""
     return (
-        path.startswith((_STANDARD_LIBRARY, "<frozen"))
+        path.startswith((_STANDARD_LIBRARY, _POOLKEEPER, "<frozen"))
         or f"{os.sep}site-packages{os.sep}" in path
         or f"{os.sep}dist-packages{os.sep}" in path
     )
@@ -266,8 +291,16 @@ def coroutine_function(function: Function) -> Function:
     return function
 
 
-def site(code: CodeType, lineno: int) -> str:
-    """Return ``file:line``, relative to the working directory where the file is below it."""
+def site(code: Code, lineno: int) -> str:
+    """
+    Return ``file:line``, relative to the working directory where the file is below it.
+
+    A function as a whole, whose first line is that of a decorator, stands where its ``def`` does.
+    """
+    if isinstance(code, Handler):
+        code = code.code
+    if lineno == code.co_firstlineno:
+        lineno = _def_line(code)
     path = code.co_filename
     try:
         below = f"{Path.cwd()}{os.sep}"
@@ -276,3 +309,42 @@ def site(code: CodeType, lineno: int) -> str:
     if below and path.startswith(below):
         path = path[len(below) :]
     return f"{path}:{lineno}"
+
+
+def _def_line(code: CodeType) -> int:
+    first = code.co_firstlineno
+    lines = [line for _, _, line in code.co_lines() if line is not None and line > first]
+    begins = re.compile(rf"\s*(async\s+)?def\s+{re.escape(code.co_name)}\b")
+    for lineno in range(first, min(lines, default=first) + 1):
+        if begins.match(linecache.getline(code.co_filename, lineno)):
+            return lineno
+    return first
+
+
+def function_of(code: Code) -> str:
+    """Return the name of the function; "" where the code is none that has a name."""
+    if isinstance(code, Handler):
+        code = code.code
+    # What is inside of it and has no name, such as a lambda, is its business.
+    names = [name for name in code.co_qualname.split(".<locals>.") if not name.startswith("<")]
+    return names[-1] if names else ""
+
+
+def route_of(code: Code) -> str:
+    """Return method and route, as in ``GET /orders/{id}``; "" where that is not known."""
+    return f"{code.method} {code.route}" if isinstance(code, Handler) else ""
+
+
+def asker(code: Code, lineno: int) -> str:
+    """
+    Return who asks, as people think of it: ``GET /orders/{id}, web.py:9 in order``.
+
+    What is known of it, that is; of a handler that a library has, no line of the library's.
+    """
+    route, function = route_of(code), function_of(code)
+    if route and _is_installed((code.code if isinstance(code, Handler) else code).co_filename):
+        return route
+    place = site(code, lineno)
+    if function:
+        place = f"{place} in {function}"
+    return f"{route}, {place}" if route else place

@@ -8,12 +8,14 @@ serves the probe application (`Framework`), and with its name in `ADAPTERS`.
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +24,13 @@ import pytest
 from asgi_lifespan import LifespanManager
 from psycopg import AsyncConnection
 
-from poolkeeper import LoopMismatchError, OpenError, PoolManager, ReleasedConnectionError
+from poolkeeper import (
+    AcquireTimeout,
+    LoopMismatchError,
+    OpenError,
+    PoolManager,
+    ReleasedConnectionError,
+)
 
 ADAPTERS = (
     "aiohttp",
@@ -48,6 +56,7 @@ class Probe:
         self.refused: list[Exception] = []
         self.fail_in_startup = False
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.go_on = asyncio.Event()
 
     # --- the user's own hooks -----------------------------------------------------------------
 
@@ -62,12 +71,17 @@ class Probe:
         """To be run by the application's own shutdown hook."""
         self.events.append(f"shutdown: {await self.db.fetchval('select 1')}")
 
-    # --- GET /value, /unasked, /same, /stream, /kept --------------------------------------------
+    # --- GET /value, /orders/{number}, /unasked, /same, /stream, /kept --------------------------
 
     async def value(self, conn: AsyncConnection[Any]) -> str:
         """GET /value: what a query says."""
         row = await (await conn.execute("select 1")).fetchone()
         return str(row)
+
+    async def order(self, conn: AsyncConnection[Any]) -> str:
+        """GET /orders/{number}: a handler named ``order``, which works until it may go on."""
+        await self.go_on.wait()
+        return await self.value(conn)
 
     def unasked(self) -> str:
         """GET /unasked: a handler that asks for no connection; how many are in use."""
@@ -122,6 +136,9 @@ class Framework(ABC):
 
     package: str | None = None
     """What is imported of the framework."""
+
+    order: str = "GET /orders/{number}"
+    """How the route is written that asks for a connection with ``number``; "" if nobody knows."""
 
     @abstractmethod
     def build(self, probe: Probe) -> Any:
@@ -361,6 +378,31 @@ class Conformance:
 
     sees_disconnects = True
     """False where a handler goes on when its client has gone."""
+
+    async def test_who_holds_and_who_waits_are_named_as_people_think_of_them(
+        self, http: Any, db: PoolManager[Any], probe: Probe
+    ) -> None:
+        """By method, route and function; nothing of what this client has asked for."""
+        requests = [asyncio.create_task(http.get(f"/orders/47{n}?for=me")) for n in range(3)]
+        await until(lambda: db.snapshot().in_use == 2 and db.snapshot().waiting == 1)
+        with pytest.raises(AcquireTimeout) as caught:
+            async with db.connection(timeout=0.1):
+                pass
+        probe.go_on.set()
+        assert [(await request).text for request in requests] == ["(1,)"] * 3
+        assert caught.value.diagnosis is not None
+        snapshot = caught.value.diagnosis.snapshot
+        file = f"tests/adapters/test_{self.framework.name}.py"
+        askers = {row.asker for row in (*snapshot.checkouts, *snapshot.waiters)}
+        assert len(snapshot.waiters) == 1
+        (asker,) = askers
+        found = re.fullmatch(rf"(?:(.+), )?{re.escape(file)}:(\d+) in (?:Order\.)?(\w+)", asker)
+        assert found is not None, asker
+        assert (found[1] or "") == self.framework.order
+        assert found[3] in ("order", "on_get", "serve")
+        line = Path(file).read_text().splitlines()[int(found[2]) - 1].strip()
+        assert line.startswith(("async def order(", "async with connection_from("))
+        assert f" at {asker}, held " in str(caught.value)
 
     # --- streams --------------------------------------------------------------------------------
 

@@ -32,6 +32,10 @@ def routes(probe: Probe) -> list[web.RouteDef]:
         async with connection_from(request) as conn:
             return web.Response(text=await probe.value(conn))
 
+    async def order(request: web.Request) -> web.Response:
+        async with connection_from(request) as conn:
+            return web.Response(text=await probe.order(conn))
+
     async def unasked(request: web.Request) -> web.Response:
         return web.Response(text=probe.unasked())
 
@@ -68,6 +72,7 @@ def routes(probe: Probe) -> list[web.RouteDef]:
 
     return [
         web.get("/value", value),
+        web.get("/orders/{number}", order),
         web.get("/unasked", unasked),
         web.get("/same", same),
         web.get("/stream", stream),

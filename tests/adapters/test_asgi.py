@@ -54,6 +54,7 @@ class Conflict(Exception):
 
 class OnASGI(Framework):
     name = "asgi"
+    order = ""  # who knows the routes is inside
 
     def build(self, probe: Probe) -> Any:
         async def live(receive: Receive, send: Send) -> None:
@@ -74,6 +75,10 @@ class OnASGI(Framework):
                 case "/value":
                     async with connection_from(scope) as conn:
                         value = await probe.value(conn)
+                    await answer(send, value)
+                case path if path.startswith("/orders/"):
+                    async with connection_from(scope) as conn:
+                        value = await probe.order(conn)
                     await answer(send, value)
                 case "/unasked":
                     await answer(send, probe.unasked())

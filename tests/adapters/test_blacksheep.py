@@ -70,6 +70,10 @@ class OnBlackSheep(Framework):
         async def value(conn: DepConnection) -> str:
             return await probe.value(conn)
 
+        @app.router.get("/orders/{number}")
+        async def order(number: int, conn: DepConnection) -> str:
+            return await probe.order(conn)
+
         @app.router.get("/unasked")
         async def unasked(db: PoolManager) -> str:
             return probe.unasked()

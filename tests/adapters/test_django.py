@@ -63,6 +63,11 @@ async def value(request: HttpRequest) -> HttpResponse:
         return HttpResponse(await Site.probe.value(conn))
 
 
+async def order(request: HttpRequest, number: int) -> HttpResponse:
+    async with connection_from(request) as conn:
+        return HttpResponse(await Site.probe.order(conn))
+
+
 async def unasked(request: HttpRequest) -> HttpResponse:
     return HttpResponse(Site.probe.unasked())
 
@@ -122,6 +127,7 @@ def staying(request: HttpRequest) -> HttpResponse:
 
 urlpatterns = [
     path("value", value),
+    path("orders/<int:number>", order),
     path("unasked", unasked),
     path("same", same),
     path("stream", stream),
@@ -159,6 +165,7 @@ class ConflictMiddleware:
 
 class OnDjango(Framework):
     name = "django"
+    order = "GET /orders/<int:number>"
 
     def build(self, probe: Probe) -> Any:
         @asynccontextmanager

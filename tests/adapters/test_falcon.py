@@ -39,6 +39,12 @@ class Value:
             resp.text = await self.probe.value(conn)
 
 
+class Order(Value):
+    async def on_get(self, req: Request, resp: Response, *, number: str) -> None:
+        async with connection_from(req) as conn:
+            resp.text = await self.probe.order(conn)
+
+
 class Unasked(Value):
     async def on_get(self, req: Request, resp: Response) -> None:
         resp.text = self.probe.unasked()
@@ -110,6 +116,7 @@ class OnFalcon(Framework):
     def build(self, probe: Probe) -> Any:
         app = falcon.asgi.App(middleware=[PoolMiddleware(probe.db), Own(probe)])
         app.add_route("/value", Value(probe))
+        app.add_route("/orders/{number}", Order(probe))
         app.add_route("/unasked", Unasked(probe))
         app.add_route("/same", Same(probe))
         app.add_route("/stream", Stream(probe))

@@ -65,6 +65,10 @@ class OnFastAPI(Framework):
         async def value(conn: DepConnection) -> str:
             return await probe.value(conn)
 
+        @app.get("/orders/{number}")
+        async def order(number: int, conn: DepConnection) -> str:
+            return await probe.order(conn)
+
         @app.get("/unasked")
         async def unasked(pool: DepPool) -> str:
             return probe.unasked()
@@ -163,7 +167,7 @@ async def insert(conn: AsyncConnection[Any], text: str) -> None:
 
 def line_of(function: Any) -> str:
     """Where the diagnosis says that a connection was acquired for *function*."""
-    return f"{HERE}:{function.__code__.co_firstlineno}"
+    return f"{HERE}:{function.__code__.co_firstlineno + 1}"  # not that of its decorator
 
 
 # --- the test client ----------------------------------------------------------------------------
@@ -322,7 +326,7 @@ async def test_with_the_default_scope_a_stream_holds_the_connection_and_is_named
     async with LifespanManager(app) as running, client(running.app) as http:
         reading = asyncio.create_task(http.get("/stream"))
         await until(lambda: db.diagnose().cause == "held-but-hardly-used")
-        assert f"acquired at {where}." in db.diagnose().detail
+        assert f"acquired at GET /stream, {where} in stream." in db.diagnose().detail
         read.set()
         assert (await reading).text == "begin end"
         assert db.snapshot().in_use == 0
@@ -384,7 +388,8 @@ def test_a_websocket_with_a_connection_holds_it_and_is_named_by_the_diagnosis(
             socket.send_text("a")
             assert socket.receive_text() == "added"
             wait_for(lambda: db.diagnose().cause == "held-but-hardly-used")
-            assert f"acquired at {line_of(live)}." in db.diagnose().detail
+            asker = f"WEBSOCKET /live, {line_of(live)} in live"
+            assert f"acquired at {asker}." in db.diagnose().detail
             assert items() == []
         wait_for(lambda: db.snapshot().in_use == 0)
     assert items() == ["a"]

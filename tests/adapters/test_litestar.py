@@ -28,7 +28,7 @@ from litestar.config.app import AppConfig
 from litestar.di import NamedDependency, Provide
 from litestar.events import listener
 from litestar.exceptions import HTTPException, NotAuthorizedException
-from litestar.params import FromQuery, JSONBody
+from litestar.params import FromPath, FromQuery, JSONBody
 from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.testing import AsyncTestClient, TestClient
@@ -72,6 +72,10 @@ class OnLitestar(Framework):
         async def value(db_connection: DepConnection) -> str:
             return await probe.value(db_connection)
 
+        @get("/orders/{number:int}", media_type=MediaType.TEXT)
+        async def order(number: FromPath[int], db_connection: DepConnection) -> str:
+            return await probe.order(db_connection)
+
         @get("/unasked")
         async def unasked(db_pool: DepPool) -> str:
             return probe.unasked()
@@ -112,7 +116,7 @@ class OnLitestar(Framework):
 
         return Litestar(
             [
-                value, unasked, same, stream, kept, items, fail, reject, fail_at_commit,
+                value, order, unasked, same, stream, kept, items, fail, reject, fail_at_commit,
                 livez, readyz,
             ],
             plugins=[PoolPlugin(probe.db)],
@@ -406,7 +410,7 @@ class TestDependencies:
             await asyncio.sleep(1.1)
             diagnosis = db.diagnose()
             assert diagnosis.cause == "held-but-hardly-used"
-            assert f"{HERE}:{fn.__code__.co_firstlineno}" in str(diagnosis)
+            assert f"GET /hold, {HERE}:{fn.__code__.co_firstlineno + 1} in hold" in str(diagnosis)
             app.state["answer"].set_result(None)
             assert (await request).status_code == 200
 

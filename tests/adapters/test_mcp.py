@@ -217,7 +217,7 @@ async def test_a_tool_that_asks_the_user_inside_of_the_block_is_named_by_the_dia
         calling = asyncio.create_task(client.call_tool("order", {}))
         await asked.wait()
         await until(lambda: db.diagnose().cause == "held-but-hardly-used")
-        assert f"acquired at tests/adapters/test_mcp.py:{line}." in db.diagnose().detail
+        assert f"acquired at tests/adapters/test_mcp.py:{line} in order." in db.diagnose().detail
         answered.set()
         assert (await calling).structured_content == {"result": "decline"}
 

@@ -24,6 +24,7 @@ NO_POOL = "there is no pool in this application: its start-up has not run"
 
 class OnQuart(Framework):
     name = extra = package = "quart"
+    order = "GET /orders/<int:number>"
 
     def build(self, probe: Probe) -> Any:
         app = Quart(__name__)
@@ -37,6 +38,11 @@ class OnQuart(Framework):
         async def value() -> str:
             async with connection_from() as conn:
                 return await probe.value(conn)
+
+        @app.get("/orders/<int:number>")
+        async def order(number: int) -> str:
+            async with connection_from() as conn:
+                return await probe.order(conn)
 
         @app.get("/unasked")
         async def unasked() -> str:

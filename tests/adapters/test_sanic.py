@@ -55,6 +55,7 @@ class OnSanic(Framework):
     """Sanic's own server, on the loop of the test."""
 
     name = extra = package = "sanic"
+    order = "GET /orders/<number:int>"
 
     def build(self, probe: Probe) -> Any:
         app = new_app()
@@ -63,6 +64,11 @@ class OnSanic(Framework):
         async def value(request: Request) -> Any:
             async with connection_from(request) as conn:
                 return text(await probe.value(conn))
+
+        @app.get("/orders/<number:int>")
+        async def order(request: Request, number: int) -> Any:
+            async with connection_from(request) as conn:
+                return text(await probe.order(conn))
 
         @app.get("/unasked")
         async def unasked(request: Request) -> Any:

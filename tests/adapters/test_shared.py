@@ -123,6 +123,18 @@ async def test_the_diagnosis_names_the_line_or_the_function_that_it_was_acquired
     assert sites == {f"{HERE}:{line}", f"{HERE}:{line + 3}"}
 
 
+async def test_where_the_route_is_known_no_line_of_a_librarys_is_named(
+    db: PoolManager[Any],
+) -> None:
+    def asked_by(caller: Any) -> Any:
+        return RequestConnection({}, db, caller, ("GET", "/orders"))
+
+    async with asked_by(json.dumps), asked_by(asked_by):
+        library, own = (row.asker for row in db.snapshot().checkouts)
+    assert library == "GET /orders"
+    assert own == f"GET /orders, {HERE}:{asked_by.__code__.co_firstlineno} in asked_by"
+
+
 # --- what is not there ----------------------------------------------------------------------------
 
 

@@ -42,11 +42,16 @@ from .servers import Served
 
 class OnStarlette(Framework):
     name = extra = package = "starlette"
+    order = "GET /orders/{number:int}"
 
     def build(self, probe: Probe) -> Any:
         async def value(request: Request) -> Response:
             async with connection_from(request) as conn:
                 return PlainTextResponse(await probe.value(conn))
+
+        async def order(request: Request) -> Response:
+            async with connection_from(request) as conn:
+                return PlainTextResponse(await probe.order(conn))
 
         async def unasked(request: Request) -> Response:
             return PlainTextResponse(probe.unasked())
@@ -91,6 +96,7 @@ class OnStarlette(Framework):
         return Starlette(
             routes=[
                 Route("/value", value),
+                Route("/orders/{number:int}", order),
                 Route("/unasked", unasked),
                 Route("/same", same),
                 Route("/stream", stream),
@@ -334,7 +340,7 @@ def test_one_that_does_not_is_named_by_the_diagnosis(database: str) -> None:
     with TestClient(app) as http, pytest.raises(AcquireTimeout) as caught:
         http.get("/value")
     assert caught.value.diagnosis.cause == "held-but-hardly-used"
-    assert f"acquired at {HERE}:{line}." in str(caught.value)
+    assert f"acquired at {HERE}:{line} in ask." in str(caught.value)
 
 
 def test_an_endpoint_that_is_a_class(db: PoolManager[Any]) -> None:
@@ -421,6 +427,6 @@ async def test_a_stream_inside_of_the_block_is_named_by_the_diagnosis(
     async with LifespanManager(app) as running, client(running.app) as http:
         reading = asyncio.create_task(http.get("/stream"))
         await until(lambda: db.diagnose().cause == "held-but-hardly-used")
-        assert f"acquired at {HERE}:{line}." in db.diagnose().detail
+        assert f"acquired at GET /stream, {HERE}:{line} in rows." in db.diagnose().detail
         read.set()
         assert (await reading).text == "1"

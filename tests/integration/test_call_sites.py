@@ -176,7 +176,7 @@ async def test_connection_decorates_a_function_which_has_a_block_around_each_cal
         while db.snapshot().in_use < 3:
             await asyncio.sleep(0.001)
     sites = {row.site for row in db.snapshot().checkouts}
-    assert sites == {f"{HERE}:{inspect.unwrap(work).__code__.co_firstlineno}"}
+    assert sites == {f"{HERE}:{inspect.unwrap(work).__code__.co_firstlineno + 1}"}
     go_on.set()
     assert await asyncio.gather(*tasks) == [1, 2, 3]
     assert await work(6) == 7

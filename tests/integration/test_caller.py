@@ -68,7 +68,9 @@ View.around_itself = decorated(View)
 
 
 def _line(method: Any) -> int:
-    return int(method.__code__.co_firstlineno)
+    """The line of its ``def``: who thinks of a function does not think of its decorators."""
+    lines, first = inspect.getsourcelines(method)
+    return first + next(n for n, line in enumerate(lines) if "def " in line)
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {
@@ -182,7 +184,7 @@ async def test_a_failed_acquire_names_holders_and_waiters_by_their_callers(
     with pytest.raises(AcquireTimeout) as info:
         async with db.connection(0.05):
             pass
-    assert f" at {HERE}:{_line(endpoint)}, held " in str(info.value)
+    assert f" at {HERE}:{_line(endpoint)} in endpoint, held " in str(info.value)
     assert {row.site for row in info.value.diagnosis.snapshot.checkouts} == {  # type: ignore[union-attr]
         f"{HERE}:{_line(endpoint)}"
     }

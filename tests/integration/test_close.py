@@ -251,7 +251,7 @@ async def test_a_holder_idle_in_transaction_finds_the_pool_closed_on_next_use(
     lines = str(caught.value).splitlines()
     assert lines[0] == 'pool "orders" was closed while this connection was in use'
     assert re.search(
-        r'Acquired in task "holder" at tests/integration/test_close\.py:\d+\.', lines[1]
+        r'Acquired in task "holder" at tests/integration/test_close\.py:\d+ in \w+\.', lines[1]
     )
     assert "not committed is rolled back" in lines[2]
 
@@ -344,7 +344,8 @@ async def test_who_was_late_is_named(db: PoolManager, caplog: pytest.LogCaptureF
     assert [record.levelname for record in records] == ["WARNING"]
     said = re.fullmatch(
         r'pool "orders" was closed after (\d\.\d\d) s with 1 connection\(s\) still in use:'
-        r' in task "report-7" at tests/integration/test_close\.py:\d+, held for (\d\.\d) s',
+        r' in task "report-7" at tests/integration/test_close\.py:\d+ in Holder\._hold,'
+        r" held for (\d\.\d) s",
         records[0].getMessage(),
     )
     assert said is not None

@@ -100,7 +100,7 @@ async def test_held_across_something_else(make_manager: MakeManager) -> None:
     assert found is not None
     assert float(found[1]) >= 4 * LONG  # each of the two for as long as was waited
     assert 0.1 <= float(found[2]) < 0.2 * float(found[1])
-    assert f"acquired at {HERE}:{line} (2x)" in detail
+    assert f"acquired at {HERE}:{line} in run (2x)" in detail
     assert 'task "worker-0"' in detail
     assert "idle in transaction (server process " in detail
     assert hint.startswith("HINT:  Probably an HTTP call")

@@ -54,6 +54,7 @@ def masked(text: str) -> str:
     """Return *text* with a word in place of what differs from run to run."""
     for pattern, word in (
         (rf"{re.escape(HERE)}:\d+|<string>:\d+", "SITE"),
+        (r"SITE in (\w+\.)?(test_)?\w+(?=[.,;]| \()", "SITE in FUNCTION"),
         (
             r'in task "[^"]+" on loop \d+ \((?:asyncio|uvloop), thread "[^"]+"'
             r"(, closed|, not running)?\)",
@@ -151,7 +152,7 @@ async def test_closed_while_in_use(make_manager: MakeManager) -> None:
         caught.value,
         """
         pool "orders" was closed while this connection was in use
-        DETAIL:  Acquired in TASK at SITE. Used at SITE in TASK. The pool was opened at SITE in TASK.
+        DETAIL:  Acquired in TASK at SITE in FUNCTION. Used at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  Work that was not committed is rolled back. Give close() a longer timeout, or end the tasks that use the pool before it is closed. See DOCS#closed
         """,  # noqa: E501
     )
@@ -281,7 +282,7 @@ async def test_released(make_manager: MakeManager) -> None:
         caught.value,
         """
         connection of pool "orders" was used after it was given back
-        DETAIL:  Acquired in TASK at SITE. Used at SITE in TASK. The pool was opened at SITE in TASK.
+        DETAIL:  Acquired in TASK at SITE in FUNCTION. Used at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  The session may be another task's by now. Keep the work inside the "async with" block, acquire a connection of its own for work that outlives it, and give a connection back once. See DOCS#released
         """,  # noqa: E501
     )
@@ -291,7 +292,7 @@ async def test_released(make_manager: MakeManager) -> None:
         caught.value,
         """
         connection of pool "orders" was given back twice
-        DETAIL:  Acquired in TASK at SITE. Given back again at SITE in TASK. The pool was opened at SITE in TASK.
+        DETAIL:  Acquired in TASK at SITE in FUNCTION. Given back again at SITE in TASK. The pool was opened at SITE in TASK.
         HINT:  The session may be another task's by now. Keep the work inside the "async with" block, acquire a connection of its own for work that outlives it, and give a connection back once. See DOCS#released
         """,  # noqa: E501
     )
@@ -309,7 +310,7 @@ async def test_lost_work(make_manager: MakeManager) -> None:
         caught.value,
         """
         a connection of pool "orders" was lost with a transaction open: its work is not committed
-        DETAIL:  Acquired in TASK at SITE. Its block has ended without an error.
+        DETAIL:  Acquired in TASK at SITE in FUNCTION. Its block has ended without an error.
         HINT:  Let the error that told of the loss end the block, or do the work again. If it was lost in the middle of commit(), look whether it is there. See DOCS#lost-work
         """,  # noqa: E501
     )
@@ -325,7 +326,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
             caught.value,
             """
             could not acquire a connection from pool "orders" within N s: all connections are in use
-            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE, held N s, in queries N s, idle (server process N). Why none of them came back in time is not known.
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE in FUNCTION, held N s, in queries N s, idle (server process N). Why none of them came back in time is not known.
             HINT:  Keep a connection only while it works: not across HTTP calls or streams. See DOCS#acquire-timeout or run: poolkeeper explain all-in-use
             """,  # noqa: E501
         )
@@ -335,7 +336,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
             deadlock.value,
             """
             cannot acquire a connection from pool "orders": every task that holds a connection waits for another one
-            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=1. Held: TASK at SITE, held N s, in queries N s, idle (server process N).
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=1. Held: TASK at SITE in FUNCTION, held N s, in queries N s, idle (server process N).
             HINT:  Pass the connection that a task holds down to what it calls, instead of acquiring a second one. No max_size is enough for tasks that acquire while they hold. See DOCS#self-deadlock
             """,  # noqa: E501
         )

@@ -76,7 +76,7 @@ async def test_a_suspected_leak_is_reported_once_with_the_calls_that_led_to_it(
     stack = vars(record)["stack"].splitlines()
     assert record.stack_info == vars(record)["stack"]  # where a formatter for people prints it
     assert re.match(r'pool "orders": suspected leak: a connection is held for \d\.\d s,', message)
-    assert message.endswith(f' acquired in task "report-7" at {HERE}:{line}')
+    assert message.endswith(f' acquired in task "report-7" at {HERE}:{line} in inner_caller')
     assert any("in outer_caller" in entry for entry in stack)
     assert any("in inner_caller" in entry for entry in stack)
     assert "async with db.connection():" in stack[-1]
@@ -91,7 +91,7 @@ async def test_a_suspected_leak_is_reported_once_with_the_calls_that_led_to_it(
     )
     assert seconds is not None
     assert 0.4 <= float(seconds[1]) < 5
-    assert message.endswith(f' acquired in task "report-7" at {HERE}:{line}')
+    assert message.endswith(f' acquired in task "report-7" at {HERE}:{line} in inner_caller')
     assert len(said("suspected leak")) == 1
 
 
@@ -170,7 +170,9 @@ async def test_a_connection_that_was_dropped_is_taken_back(
         message,
     )
     line = take_and_drop.__code__.co_firstlineno + 2
-    assert message.endswith(f'acquired in task "careless" at {HERE}:{line}; taken back')
+    assert message.endswith(
+        f'acquired in task "careless" at {HERE}:{line} in take_and_drop; taken back'
+    )
     await until(lambda: not db.pool._returning)
     assert db.pool.counts() == {"total": 1, "in_use": 0, "idle": 1, "max": 1, "waiting": 0}
     assert not db.pool._ledger.held

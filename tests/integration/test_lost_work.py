@@ -83,7 +83,7 @@ async def test_a_block_that_swallows_the_loss_of_its_work_is_told(
         'a connection of pool "orders" was lost with a transaction open: its work is not committed'
     )
     assert re.fullmatch(
-        rf'DETAIL:  Acquired in task "[^"]+" at {HERE}:\d+\. Its block has ended without an'
+        rf'DETAIL:  Acquired in task "[^"]+" at {HERE}:\d+ in \w+\. Its block has ended without an'
         r" error\.",
         detail,
     )
@@ -175,7 +175,7 @@ async def test_a_block_that_ends_well_in_a_transaction_that_has_failed_is_warned
     for message in (first, second):
         assert re.fullmatch(
             'pool "orders": a transaction had failed, and its error was not passed on: what was'
-            rf' done in it before is rolled back. Acquired in task "[^"]+" at {HERE}:\d+',
+            rf' done in it before is rolled back. Acquired in task "[^"]+" at {HERE}:\d+ in \w+',
             message,
         )
 
@@ -222,7 +222,7 @@ async def test_putconn_of_work_that_is_not_committed_is_warned_of(
     (message,) = warnings(caplog)
     assert re.fullmatch(
         'pool "orders": a connection was given back with work that is not committed: rolled back.'
-        rf' Acquired in task "[^"]+" at {HERE}:\d+',
+        rf' Acquired in task "[^"]+" at {HERE}:\d+ in \w+',
         message,
     )
     assert await one.fetchval("select pg_backend_pid()") == pid

@@ -307,7 +307,7 @@ def assert_says(error: ReleasedConnectionError) -> None:
     first, detail, hint = str(error).split("\n")
     assert first == 'connection of pool "orders" was used after it was given back'
     assert re.fullmatch(
-        rf"DETAIL:  Acquired in task \"[^\"]+\" at {HERE}:\d+\."
+        rf"DETAIL:  Acquired in task \"[^\"]+\" at {HERE}:\d+ in \w+\."
         rf"( Given back at {HERE}:\d+ in task .*\.)? Used at {HERE}:\d+"
         rf" in task .* The pool was opened at {HERE}:\d+ in task .*\.",
         detail,

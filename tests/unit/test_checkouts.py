@@ -590,7 +590,7 @@ async def test_a_checkout_says_who_and_where() -> None:
     task = asyncio.create_task(work(), name="report-7")
     checkout = await task
     line = work.__code__.co_firstlineno + 1
-    assert str(checkout) == f'in task "report-7" at tests/unit/test_checkouts.py:{line}'
+    assert str(checkout) == f'in task "report-7" at tests/unit/test_checkouts.py:{line} in work'
     assert not checkout.by_this_task
     assert a_checkout().by_this_task
 

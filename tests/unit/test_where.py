@@ -18,9 +18,12 @@ import pytest
 from poolkeeper import _where
 from poolkeeper._where import (
     NO_LOOP,
+    Handler,
     Place,
+    asker,
     call_site,
     describe_loop,
+    function_of,
     program_frame,
     running_loop,
     site,
@@ -144,6 +147,69 @@ def test_a_path_is_whole_where_the_working_directory_is_gone(
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert site(code_of(f"{gone}/main.py"), 31) == f"{gone}/main.py:31"
+
+
+# --- who asks ----------------------------------------------------------------------------
+
+
+def a_decorator(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+@a_decorator
+@a_decorator
+async def decorated(
+    first: int,
+    second: int,
+) -> int:
+    return first + second
+
+
+class Orders:
+    @staticmethod
+    def show() -> None: ...
+
+
+def test_a_function_as_a_whole_stands_where_its_def_does() -> None:
+    code = code_of_function(decorated)
+    lines = Path(__file__).read_text().splitlines()
+    place, _, line = site(code, code.co_firstlineno).partition(":")
+    assert place == HERE
+    assert lines[int(line) - 1] == "async def decorated("
+
+
+def test_a_function_without_its_source_stands_where_its_code_begins() -> None:
+    code = code_of_function(decorated).replace(co_filename="/gone/app.py")
+    assert site(code, code.co_firstlineno) == f"/gone/app.py:{code.co_firstlineno}"
+
+
+def code_of_function(function: Any) -> CodeType:
+    assert isinstance(function, FunctionType)
+    return function.__code__
+
+
+def test_a_function_has_the_name_that_people_call_it_by() -> None:
+    def inner() -> Callable[..., Any]:
+        return lambda: None
+
+    assert function_of(code_of_function(decorated)) == "decorated"
+    assert function_of(code_of_function(Orders.show)) == "Orders.show"
+    assert function_of(code_of_function(inner)) == "inner"
+    assert function_of(code_of_function(inner())) == "inner"
+    assert function_of(code_of("app.py")) == ""
+
+
+def test_a_handler_is_named_by_its_route_too() -> None:
+    code = code_of_function(Orders.show).replace(co_filename="web.py")
+    assert asker(code, 9) == "web.py:9 in Orders.show"
+    assert asker(code_of("web.py"), 9) == "web.py:9"
+    handler = Handler(code, "GET", "/orders/{id}")
+    assert asker(handler, 9) == "GET /orders/{id}, web.py:9 in Orders.show"
+
+
+def test_of_a_handler_in_a_library_only_the_route_is_told() -> None:
+    handler = Handler(code_of_function(asyncio.run), "GET", "/orders/{id}")
+    assert asker(handler, 9) == "GET /orders/{id}"
 
 
 # --- loops -------------------------------------------------------------------------------

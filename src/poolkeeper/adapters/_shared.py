@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -28,6 +29,7 @@ from poolkeeper import (
     PoolManager,
 )
 from poolkeeper._log import log
+from poolkeeper._where import Behalf, Handler, code_behind
 from poolkeeper._where import call_site as call_site
 from poolkeeper._where import program_frame as program_frame
 from poolkeeper.errors import see
@@ -194,6 +196,15 @@ def pool_in(state: State | None, key: str, hint: str) -> PoolManager[Any]:
 
 _HELD = "poolkeeper.held"
 
+Route: TypeAlias = tuple[str, str] | None
+"""Method, or ``WEBSOCKET``, and the template of the path; None if the framework does not tell."""
+
+
+def asgi_route(scope: Mapping[str, Any]) -> Route:
+    """Return what Starlette, and what is built on it, has found for a request."""
+    path: str | None = getattr(scope.get("route"), "path", None)
+    return (scope.get("method", "WEBSOCKET"), path) if path else None
+
 
 class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):
     """
@@ -209,6 +220,7 @@ class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):
         store: A mapping that lives as long as the request.
         manager: Where to acquire.
         caller: Whose line the diagnosis names, as for `PoolManager.connection()`.
+        route: What the request is for; the diagnosis names that too.
     """
 
     def __init__(
@@ -216,10 +228,18 @@ class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):
         store: MutableMapping[str, Any],
         manager: PoolManager[Any],
         caller: FrameType | Callable[..., Any] | None,
+        route: Route = None,
     ) -> None:
         self._held: list[RequestConnection] = store.setdefault(_HELD, [])
         self._manager = manager
-        self._checkout = manager.connection(caller=caller)
+        asker: Any = caller
+        if route is not None:
+            # Words are made of it when somebody reads them.
+            frame = caller if isinstance(caller, FrameType) else sys._getframe(1)
+            code = code_behind(caller) if frame is not caller else None
+            lineno = frame.f_lineno if code is None else None
+            asker = Behalf(Handler(code or frame.f_code, *route), frame, lineno)
+        self._checkout = manager.connection(caller=asker)
         self._conn: AsyncConnection[Any]
         self._task: asyncio.Task[Any] | None = None
 

@@ -22,7 +22,7 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import Answer, RequestConnection, Span, alive, pool_in, ready, requires
+from ._shared import Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
 
 with requires("aiohttp"):
     from aiohttp import web
@@ -160,7 +160,12 @@ def connection_from(
     .. versionadded:: 0.1.0
     """
     store = request.setdefault(_HELD, {})
-    return RequestConnection(store, pool_from(request, key), sys._getframe(1))
+    return RequestConnection(store, pool_from(request, key), sys._getframe(1), _route(request))
+
+
+def _route(request: web.Request) -> Route:
+    resource = request.match_info.route.resource
+    return None if resource is None else (request.method, resource.canonical)
 
 
 async def livez(request: web.Request) -> web.Response:  # noqa: ARG001

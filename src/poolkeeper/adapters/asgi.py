@@ -30,8 +30,10 @@ from ._shared import (
     Answer,
     InnerLifespan,
     RequestConnection,
+    Route,
     State,
     alive,
+    asgi_route,
     lifespan,
     pool_in,
     ready,
@@ -393,7 +395,14 @@ def connection_from(
     .. versionadded:: 0.1.0
     """
     manager = pool_from(request, key)
-    return RequestConnection(cast("Scope", _scope(request)), manager, sys._getframe(1))
+    scope = cast("Scope", _scope(request))
+    route = asgi_route(scope) or _django_route(request)
+    return RequestConnection(scope, manager, sys._getframe(1), route)
+
+
+def _django_route(request: Any) -> Route:
+    path: str | None = getattr(getattr(request, "resolver_match", None), "route", None)
+    return None if path is None else (request.method, f"/{path}")
 
 
 def _scope(request: object) -> Scope | None:

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from poolkeeper import PoolkeeperError, PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready, requires
+from ._shared import KEY, Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
 
 with requires("blacksheep"):
     from blacksheep import Application, Content, Request, Response
@@ -47,6 +47,7 @@ NO_STARTUP = (
     " await app.stop() after them."
 )
 _OPENED = "poolkeeper.opened"
+_ROUTER = "poolkeeper.router"
 # Those that wait for the client to send.
 _BODY_BINDERS = tuple(
     getattr(bindings, name)
@@ -122,6 +123,7 @@ def use_pool(app: Application, manager: PoolManager[Any], *, key: str = KEY) -> 
         async def handle(self, request: Request) -> Response:
             if self.started:
                 keep(request.scope)
+                _scope(request)[_ROUTER] = self.router
             return await super().handle(request)
 
         @override
@@ -188,7 +190,7 @@ class _ConnectionBinder(bindings.Binder):
         for body in self._bodies:
             await body.get_value(request)  # kept by the request; a client may send slowly
         return await opened.enter_async_context(
-            RequestConnection(_scope(request), pool_from(request), self._handler)
+            RequestConnection(_scope(request), pool_from(request), self._handler, _route(request))
         )
 
 
@@ -227,7 +229,8 @@ def connection_from(
 
     .. versionadded:: 0.1.0
     """
-    return RequestConnection(_scope(request), pool_from(request, key), sys._getframe(1))
+    scope, manager = _scope(request), pool_from(request, key)
+    return RequestConnection(scope, manager, sys._getframe(1), _route(request))
 
 
 async def livez(request: Request) -> Response:  # noqa: ARG001
@@ -266,6 +269,13 @@ async def readyz_details(request: Request) -> Response:
 def _scope(request: Request) -> dict[str, Any]:
     scope: Any = request.scope
     return scope or {}  # BlackSheep takes it away after the response
+
+
+def _route(request: Request) -> Route:
+    router = _scope(request).get(_ROUTER)
+    # The request does not say. That it was matched just now is in the router's cache.
+    match = router.get_match(request) if router is not None else None
+    return None if match is None else (request.method, match.pattern.decode())
 
 
 def _response(answer: Answer) -> Response:

@@ -142,7 +142,9 @@ def connection_from(
 
     .. versionadded:: 0.1.0
     """
-    return RequestConnection(req.scope, pool_from(req, key), sys._getframe(1))
+    path = req.uri_template
+    route = (req.scope.get("method", "WEBSOCKET"), path) if path else None
+    return RequestConnection(req.scope, pool_from(req, key), sys._getframe(1), route)
 
 
 class _Livez:

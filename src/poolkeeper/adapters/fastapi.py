@@ -20,7 +20,7 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, RequestConnection, lifespan, requires
+from ._shared import KEY, RequestConnection, asgi_route, lifespan, requires
 
 with requires("fastapi"):
     from fastapi import Depends
@@ -75,8 +75,10 @@ async def connection(connection: HTTPConnection) -> AsyncIterator[AsyncConnectio
 
     .. versionadded:: 0.1.0
     """
-    endpoint = connection.scope.get("endpoint")
-    async with RequestConnection(connection.scope, pool_from(connection), endpoint) as conn:
+    scope = connection.scope
+    async with RequestConnection(
+        scope, pool_from(connection), scope.get("endpoint"), asgi_route(scope)
+    ) as conn:
         yield conn
 
 

@@ -26,6 +26,7 @@ from ._shared import (
     KEY,
     Answer,
     RequestConnection,
+    Route,
     Span,
     alive,
     call_site,
@@ -127,7 +128,9 @@ class PoolPlugin(InitPlugin):
 
         async def connection(scope: Scope) -> AsyncGenerator[AsyncConnection[Any]]:
             # The handler's line, however many dependencies lie between.
-            injected = RequestConnection(_as_dict(scope), _pool_in(scope, key), _handler(scope))
+            injected = RequestConnection(
+                _as_dict(scope), _pool_in(scope, key), _handler(scope), _route(scope)
+            )
             _as_dict(scope).setdefault(_INJECTED, []).append(injected)
             async with injected as conn:
                 yield conn
@@ -211,7 +214,8 @@ def connection_from(
     .. versionadded:: 0.1.0
     """
     scope = connection.scope
-    return RequestConnection(_as_dict(scope), _pool_in(scope, key), sys._getframe(1))
+    manager = _pool_in(scope, key)
+    return RequestConnection(_as_dict(scope), manager, sys._getframe(1), _route(scope))
 
 
 @get("/livez", include_in_schema=False)
@@ -266,6 +270,11 @@ def _pool_in(scope: Scope, key: str) -> PoolManager[Any]:
 def _handler(scope: Scope) -> Any:
     fn = getattr(scope["route_handler"], "fn", None)
     return getattr(fn, "_fn", fn)  # behind the object that websocket_listener() puts in its place
+
+
+def _route(scope: Scope) -> Route:
+    path = scope.get("path_template")
+    return (str(scope.get("method", "WEBSOCKET")), path) if path else None
 
 
 def _as_dict(scope: Scope) -> dict[str, Any]:

@@ -23,10 +23,19 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready, requires
+from ._shared import KEY, Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
 
 with requires("quart"):
-    from quart import Quart, Response, current_app, g
+    from quart import (
+        Quart,
+        Response,
+        current_app,
+        g,
+        has_request_context,
+        has_websocket_context,
+        request,
+        websocket,
+    )
 
 __all__ = ["KEY", "connection_from", "init_app", "livez", "pool_from", "readyz", "readyz_details"]
 
@@ -136,7 +145,15 @@ def connection_from(key: str = KEY) -> AbstractAsyncContextManager[AsyncConnecti
 
     .. versionadded:: 0.1.0
     """
-    return RequestConnection(vars(g), pool_from(key), sys._getframe(1))
+    return RequestConnection(vars(g), pool_from(key), sys._getframe(1), _route())
+
+
+def _route() -> Route:
+    served = request if has_request_context() else websocket if has_websocket_context() else None
+    rule = served.url_rule if served is not None else None
+    if served is None or rule is None:
+        return None
+    return (served.method if served is request else "WEBSOCKET", rule.rule)
 
 
 async def livez() -> Response:

@@ -24,7 +24,7 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready, requires
+from ._shared import KEY, Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
 
 with requires("sanic"):
     from sanic import HTTPResponse, Request, Sanic
@@ -158,7 +158,13 @@ def connection_from(
     .. versionadded:: 0.1.0
     """
     store = cast("dict[str, Any]", vars(request.ctx))
-    return RequestConnection(store, pool_from(request, key), sys._getframe(1))
+    manager = pool_from(request, key)
+    return RequestConnection(store, manager, sys._getframe(1), _route(request))
+
+
+def _route(request: Request[Any, Any]) -> Route:
+    path = request.uri_template
+    return (request.method, path) if path else None
 
 
 async def livez(request: Request[Any, Any]) -> HTTPResponse:  # noqa: ARG001

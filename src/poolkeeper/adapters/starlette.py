@@ -21,7 +21,17 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, alive, lifespan, pool_in, ready, requires
+from ._shared import (
+    KEY,
+    Answer,
+    RequestConnection,
+    alive,
+    asgi_route,
+    lifespan,
+    pool_in,
+    ready,
+    requires,
+)
 
 with requires("starlette"):
     from starlette.requests import HTTPConnection, Request
@@ -71,7 +81,8 @@ def connection_from(
 
     .. versionadded:: 0.1.0
     """
-    return RequestConnection(connection.scope, pool_from(connection, key), sys._getframe(1))
+    scope = connection.scope
+    return RequestConnection(scope, pool_from(connection, key), sys._getframe(1), asgi_route(scope))
 
 
 async def livez(request: Request) -> Response:  # noqa: ARG001
