@@ -34,7 +34,12 @@ from .walk import TYPED, NotAsShown, Reader
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {"logging"}  # what it shows is compared field by field, in test_logging.py
-PAGES = [page for page in sorted(DOCS.glob("howto/*.md")) if page.stem not in ELSEWHERE]
+PAGES = [
+    ROOT / "README.md",
+    DOCS / "quickstart.md",
+    DOCS / "semantics.md",
+    *(page for page in sorted(DOCS.glob("howto/*.md")) if page.stem not in ELSEWHERE),
+]
 TWICE = 2
 
 
@@ -85,8 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Do what the pages say, word by word.")
     parser.add_argument("only", nargs="*", help="names of pages; all without")
     only = parser.parse_args().only
-    pages = [page for page in PAGES if not only or page.stem in only]
-    if missing := set(only) - {page.stem for page in pages}:
+    pages = [page for page in PAGES if not only or page.stem.lower() in only]
+    if missing := set(only) - {page.stem.lower() for page in pages}:
         sys.exit(f"no such page: {', '.join(sorted(missing))}")
     # In the background of a shell it is ignored, and would be by the servers that are started.
     signal.signal(signal.SIGINT, signal.default_int_handler)
