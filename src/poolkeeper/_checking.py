@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeAlias
 
 from . import _cleaning
 from ._between import Between
-from ._connection import CANCEL_GRACE
 from ._log import log
 from ._session import Session, shut_down
+from ._waiting import CANCEL_GRACE
 from ._where import code_behind, site
 from ._words import in_words, raised_by
 

@@ -27,6 +27,7 @@ from ._connection import (
 )
 from ._proxies import makers, unwrapped
 from ._session import DressedSession, Handle, Session
+from ._waiting import WaitingConnection
 from ._words import in_words
 from .errors import ConfigError, see
 
@@ -40,10 +41,13 @@ def bound_class(
         name = f"{prefix}{user_class.__name__}"
         return type(name, bases, {"__module__": "poolkeeper", "__qualname__": name, **namespace})
 
+    # The user's wait(), if it has one, calls ours in place of psycopg's.
+    users = () if user_class is AsyncConnection else (user_class,)
     bound = derive(
         "Bound",
         BoundConnection,
-        user_class,
+        *users,
+        WaitingConnection,
         _user_class=user_class,
         _keeper=weakref.ref(keeper),
         _binding=binding,

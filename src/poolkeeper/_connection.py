@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Coroutine
 from contextlib import suppress
-from contextvars import ContextVar
 from time import monotonic
-from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, cast
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, cast
 
 import psycopg
-from psycopg import AsyncConnection, generators, pq, waiting
+from psycopg import AsyncConnection, generators, pq
 from psycopg._cursor_base import BaseCursor
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
@@ -27,7 +26,8 @@ from typing_extensions import TypeVar, override
 
 from ._binding import LoopBinding
 from ._checkouts import Checkout
-from ._session import UNKNOWN, Handle, Session, SharedAdapters, shut_down
+from ._session import BAD, UNKNOWN, Handle, Session, SharedAdapters, shut_down
+from ._waiting import Patience
 from ._where import Place
 from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
@@ -38,27 +38,10 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 INERROR = pq.TransactionStatus.INERROR
 NO_PIPELINE = pq.PipelineStatus.OFF
 
-CANCEL_GRACE = 1.0
-"""Seconds that a server has to stop a query of which nobody wants the result any more."""
-
 LEFT_OPEN = 0.2
 """Seconds after which a stream of which nobody asks for the next row is taken for left open."""
 
 _MAKES_CURSOR = cast(Any, BaseCursor).__init__.__code__
-
-LOSES_CANCELLATION = sys.version_info < (3, 12) and hasattr(waiting, "wait_for")
-"""
-True where psycopg waits with the ``asyncio.wait_for()`` of Python 3.11, as 3.3.0 does: it drops a
-cancellation that arrives together with what it waits for (cpython issue 86296).
-"""
-
-_in_own_task: ContextVar[bool] = ContextVar("poolkeeper_in_own_task", default=False)
-
-
-async def run_own(work: Callable[[], Awaitable[None]]) -> None:
-    """Do *work* in this task, which is the pool's own: nobody waits for a server's answer."""
-    _in_own_task.set(True)
-    await work()
 
 
 class Keeper(Protocol):
@@ -96,8 +79,6 @@ class BoundConnection(Handle):
     _user_class: ClassVar[type[AsyncConnection[Any]]]
     _keeper: ClassVar[weakref.ref[Any]]
     _under_way: PQGen[Any] | None = None
-    _stopping = False  # where cancellations are lost: psycopg has noticed this one
-    _dropped: asyncio.CancelledError | None = None  # and this one it has not
     _cancelling: set[object] | None = None  # requests to cancel that are under way
     _lost_work: bool  # set when it is revoked
     _given_back: Place  # set when it is given back while a task is at work on it
@@ -124,30 +105,19 @@ class BoundConnection(Handle):
         if not self._binding.is_here():
             raise self._binding.mismatch("work on one of its connections")
         self._under_way = gen
-        if LOSES_CANCELLATION:
-            self._stopping, self._dropped = False, None
-            gen = self._watched(gen)
-        # The arguments go on as they came: psycopg 3.3.0 knows no "timeout" yet.
-        work = super().wait(gen, *args, **kwargs)
         checkout = self._checkout
         if checkout is None:  # the pool itself is at work on it
             try:
-                # A task of the pool's is not worth a long wait for the server.
-                patience = CANCEL_GRACE if _in_own_task.get() else None
-                return await _Settled(work, patience, self._not_noticed)
+                return await super().wait(gen, *args, **kwargs)
             finally:
                 self._under_way = None
+        session = self._session
         began = checkout.busy_since = monotonic()
-        pgconn = self.pgconn
         try:
-            return await _Settled(work, None, self._not_noticed)
-        except asyncio.CancelledError:
-            if pgconn.pipeline_status != NO_PIPELINE and _is_unfinished(self._under_way):
-                # psycopg drops what it has not sent yet, and with it the end of the pipeline.
-                await _Settled(self._try_cancel(), CANCEL_GRACE, self._not_noticed)
-            raise
+            # The arguments go on as they came: psycopg 3.3.0 knows no "timeout" yet.
+            return await super().wait(gen, *args, **kwargs)
         except psycopg.errors.ReadOnlySqlTransaction:
-            self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
+            session.doubt()  # a read-only transaction of the borrower's, or a fail-over
             raise
         except psycopg.Error as ex:
             if isinstance(self, ReleasedConnection):
@@ -156,36 +126,18 @@ class BoundConnection(Handle):
         finally:
             self._under_way = None
             if checkout.session is None:
-                # Taken away meanwhile, and the loop watches its socket no more. What is under
-                # way shall see that it is closed, and end with the error that it has.
-                pgconn.finish()
-            status = pgconn.transaction_status
+                # Taken away meanwhile. What is under way shall see that it is closed, and end
+                # with the error that it has.
+                session.finish()
+            status = session.pgconn.transaction_status
             # Neither in the middle of a stream, nor lost: what was before is what counts then.
             if status != checkout.left_in and status != ACTIVE and status != UNKNOWN:
                 checkout.failed_later = status == INERROR and checkout.left_in != IDLE
                 checkout.left_in = status
-            checkout.changed_at = self._session.heard_at = now = monotonic()
+            checkout.changed_at = session.heard_at = now = monotonic()
             checkout.busy_seconds += now - began
             checkout.busy_since = 0.0
             checkout.used = True
-
-    def _not_noticed(self, cancellation: asyncio.CancelledError) -> None:
-        """Note a cancellation in spite of which the I/O goes on."""
-        if LOSES_CANCELLATION and not self._stopping:
-            self._dropped = cancellation
-
-    def _watched(self, gen: PQGen[T]) -> PQGen[T]:
-        """Run *gen*; raise in it the cancellation that psycopg has dropped, at its next step."""
-        try:
-            state = next(gen)
-            while True:
-                ready = yield state
-                if (dropped := self._dropped) is not None:
-                    self._dropped = None
-                    raise dropped
-                state = gen.send(ready)
-        except StopIteration as done:
-            return cast(T, done.value)
 
     @property
     @override
@@ -208,6 +160,8 @@ class BoundConnection(Handle):
             raise self._binding.mismatch("close one of its connections")
         self._give_work_up()
         await super().close()
+        if self._session.pgconn.status == BAD:  # it was not given back instead
+            self._session.finish()
 
     @override
     async def rollback(self) -> None:
@@ -272,48 +226,15 @@ class BoundConnection(Handle):
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
         """
-        Stop the query of a task that was cancelled, and read how it ends; psycopg calls this.
+        Stop a stream or a COPY that is left half-way; psycopg calls this, and reads its rest.
 
-        psycopg asks the server once, which forgets a request that arrives before the query does,
-        and closes the connection if the query ends by an error of its own. It gives the server
-        5 s to take the request and 5 s to obey (3.3.9): whoever has cancelled waits for neither
-        where the network is gone.
+        psycopg gives the server 5 s to take the request (3.3.9). Whoever has cancelled does not
+        wait for that where the network is gone.
         """
-        self._stopping, self._dropped = True, None
-        timeout = min(timeout, CANCEL_GRACE)
-        until = monotonic() + timeout
-        gen, pgconn = self._under_way, vars(self)["pgconn"]
-        if gen is None:  # the end of a stream or a COPY, which psycopg reads afterwards
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await super()._try_cancel(timeout=timeout)
-            if monotonic() > until - 0.01 and not self.closed:
-                shut_down(pgconn)
-            return
-        ended = asyncio.Event()
-        asking = asyncio.ensure_future(self._keep_asking(ended, until))
-        try:
-            async with asyncio.timeout(timeout):
-                await waiting.wait_async(gen, pgconn.socket, interval=0.1)
-        except TimeoutError:
+        pgconn = vars(self)["pgconn"]
+        asking = asyncio.ensure_future(super()._try_cancel(timeout=timeout))
+        if not await Patience().lasts_for(asking):
             shut_down(pgconn)
-        except Exception:
-            pass  # nobody is there any more to be told; psycopg finds what it reads at its end
-        finally:
-            ended.set()
-            # A request that is on its way could stop the next query.
-            await asyncio.wait({asking}, timeout=max(0.1, until - monotonic()))
-            if not asking.done():
-                shut_down(pgconn)
-                asking.cancel()
-
-    async def _keep_asking(self, ended: asyncio.Event, until: float) -> None:
-        pause = 0.01
-        while not ended.is_set() and (left := until - monotonic()) > 0:
-            await super()._try_cancel(timeout=left)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), min(pause, max(0.0, until - monotonic())))
-            pause *= 2
 
     async def end_command(self, patience: float = 0.0) -> None:
         """
@@ -486,10 +407,6 @@ class RevokedConnection(RetiredConnection):
         )
 
 
-def _is_unfinished(gen: PQGen[Any] | None) -> bool:
-    return getattr(gen, "gi_frame", None) is not None
-
-
 def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
     """Read all that the server sends for a command, and drop it."""
     while (result := (yield from generators.fetch(pgconn))) is not None:
@@ -500,125 +417,3 @@ def _rest_of_the_answer(pgconn: Any) -> PQGen[None]:
         elif result.status == pq.ExecStatus.COPY_IN:
             with suppress(psycopg.Error):
                 yield from generators.copy_end(pgconn, b"not ended by the client")
-
-
-class _Settled(Generic[T]):
-    """
-    Awaits an I/O of psycopg so that a cancellation of it runs to its end.
-
-    Cancelled, psycopg asks the server to stop the query and waits for that, which keeps the
-    connection good. A second cancellation would interrupt this and cost the connection, and
-    there often is a second one: anyio repeats them on every turn of the loop, and so do
-    time-outs inside of time-outs. So the rest of the I/O is moved to a task of its own, which
-    nobody cancels. Then the cancellation goes on.
-
-    An ``asyncio.timeout()`` inside of the I/O ends by a cancellation of the task as well, and
-    takes it back: psycopg 3.3.0 on Python 3.12 does so every 0.1 s. Then the I/O goes on in the
-    other task, and its outcome is the caller's.
-    """
-
-    __slots__ = ("_not_noticed", "_patience", "_work")
-
-    def __init__(
-        self,
-        work: Coroutine[Any, Any, T],
-        patience: float | None,
-        not_noticed: Callable[[asyncio.CancelledError], None],
-    ) -> None:
-        self._work = work
-        self._not_noticed = not_noticed
-        """Called with a cancellation in spite of which the I/O goes on, maybe to its end."""
-        self._patience = patience
-        """Seconds that the rest may take from the first; None for as long as psycopg waits."""
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        work = self._work
-        try:
-            waits_for = work.send(None)
-            task = cast("asyncio.Task[Any]", asyncio.current_task())
-            requests = task.cancelling()
-            while True:
-                try:
-                    value = yield waits_for
-                except asyncio.CancelledError as cancellation:
-                    rest = _Rest(work, cancellation, task, requests, self._not_noticed)
-                    break
-                except BaseException as ex:
-                    waits_for = work.throw(ex)
-                else:
-                    waits_for = work.send(value)
-        except StopIteration as done:
-            return cast(T, done.value)
-        return cast(T, (yield from self._finish(rest).__await__()))
-
-    async def _finish(self, rest: _Rest) -> Any:
-        task = asyncio.ensure_future(_drive(rest))
-        until = self._deadline()
-        while not task.done():
-            if rest.taken_back:
-                until = None
-            elif until is not None and monotonic() >= until:
-                task.cancel()
-                until += CANCEL_GRACE
-            try:
-                await asyncio.wait({task}, timeout=until and max(0.0, until - monotonic()))
-            except asyncio.CancelledError as cancellation:
-                if rest.taken_back:  # so this is the first one
-                    rest.taken_back = False
-                    rest.cancellation = cancellation
-                    task.cancel()
-                    until = self._deadline()
-                else:
-                    until = until or monotonic() + CANCEL_GRACE
-        if rest.taken_back:
-            return task.result()
-        if not task.cancelled():
-            task.exception()  # the cancellation is what the caller gets
-        raise rest.cancellation
-
-    def _deadline(self) -> float | None:
-        return None if self._patience is None else monotonic() + self._patience
-
-
-class _Rest:
-    """What is left of an I/O that was cancelled in *task*, which had so many requests before."""
-
-    __slots__ = ("_not_noticed", "_requests", "_task", "_work", "cancellation", "taken_back")
-
-    def __init__(
-        self,
-        work: Coroutine[Any, Any, Any],
-        cancellation: asyncio.CancelledError,
-        task: asyncio.Task[Any],
-        requests: int,
-        not_noticed: Callable[[asyncio.CancelledError], None],
-    ) -> None:
-        self._work = work
-        self._not_noticed = not_noticed
-        self._task = task
-        self._requests = requests
-        self.cancellation = cancellation
-        self.taken_back = False
-        """True if it came from a time-out inside of the I/O, which has called ``uncancel()``."""
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        try:
-            try:
-                waits_for = self._work.throw(self.cancellation)
-            finally:
-                self.taken_back = self._task.cancelling() <= self._requests
-            if not self.taken_back:
-                self._not_noticed(self.cancellation)
-            while True:
-                try:
-                    value = yield waits_for
-                except BaseException as ex:
-                    waits_for = self._work.throw(ex)
-                else:
-                    waits_for = self._work.send(value)
-        except StopIteration as done:
-            return done.value
-
-
-async def _drive(rest: _Rest) -> Any:
-    return await rest

@@ -117,6 +117,11 @@ EVENTS = {
         " in it before is rolled back. Acquired %(acquired)s",
         HELD,
     ),
+    "query_not_stopped": Event(
+        INFO,
+        'a connection of pool "%(pool)s" is closed: its query was cancelled, and does not end;'
+        " %(reason)s",
+    ),
     "rollback_failed": Event(WARNING, 'pool "%(pool)s": error ignored in rollback: %(reason)s'),
     # --- what borrowers, and others, have set
     "settings_put_back": Event(

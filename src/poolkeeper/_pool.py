@@ -41,13 +41,11 @@ from ._checkouts import Checkout, Holder, Ledger, Line, LineClock, SlowCallbacks
 from ._classes import BoundClasses
 from ._cleaning import Cleaner
 from ._connection import (
-    CANCEL_GRACE,
     LEFT_OPEN,
     BoundConnection,
     ReleasedConnection,
     RetiredConnection,
     RevokedConnection,
-    run_own,
 )
 from ._conninfo import normalise, parse
 from ._failover import Failover
@@ -57,6 +55,7 @@ from ._moment import Moment, note_held, note_waiting
 from ._recovery import Connector
 from ._session import Session, part_from_pipeline, remains, retire, revoke, shut_down
 from ._storm import Storm
+from ._waiting import CANCEL_GRACE
 from ._where import Behalf, Code, Place, code_behind, coroutine_function, site
 from ._words import in_words, raised_by
 from .errors import (
@@ -1357,7 +1356,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         """
         context = copy_context() if callers_context else self._context.copy()
         task = context.run(
-            asyncio.get_running_loop().create_task, run_own(work), name=f"{self.name}-{name}"
+            asyncio.get_running_loop().create_task, work(), name=f"{self.name}-{name}"
         )
         self._returning.add(task)
         task.add_done_callback(self._returned)

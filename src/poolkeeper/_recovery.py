@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import copy_context
-from functools import partial
 from time import monotonic
 from typing import Protocol, cast
 
 from . import _attempt, _conninfo
 from ._attempt import Attempt, Failure
 from ._binding import weakly
-from ._connection import run_own
 from ._log import log
 
 
@@ -189,7 +187,7 @@ class Connector:
         attempt = Attempt()
         task = self._context.copy().run(
             self._loop.create_task,
-            run_own(partial(self._attempt, attempt)),
+            self._attempt(attempt),
             name=f"{self._pool.name}-connect",
         )
         self._attempts[task] = attempt

@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from ._binding import LoopBinding
 from ._checkouts import Checkout
+from ._waiting import Wire
 
 UNKNOWN = pq.TransactionStatus.UNKNOWN
 BAD = pq.ConnStatus.BAD
@@ -87,6 +88,7 @@ class Session:
         returned: The checkout that has ended last, until the session is put right.
         unlocked: Done when the transaction of who gave it back last is over, if one was open.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
+        wire: Its socket, as the event loop sees it.
     """
 
     __slots__ = (
@@ -108,10 +110,12 @@ class Session:
         "pgconn",
         "returned",
         "unlocked",
+        "wire",
     )
 
     def __init__(self, conn: Handle) -> None:
         self.pgconn = conn.pgconn
+        self.wire = Wire(conn.pgconn.socket, conn._binding)
         self.configured: frozenset[bytes] = frozenset()
         self._parameters = self._reported_parameters()
         self.accept_parameters()
@@ -159,6 +163,11 @@ class Session:
         fixed["_pool"] = None
         self._fixed = fixed
         self.in_pool = True
+
+    def finish(self) -> None:
+        """End the session at once. May be called from any thread, but not in a forked child."""
+        self.wire.let_go()
+        self.pgconn.finish()
 
     def is_quiet(self) -> bool:
         """

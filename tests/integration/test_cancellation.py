@@ -20,7 +20,7 @@ import pytest
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager, _connection, _pool
+from poolkeeper import PoolManager, _pool, _waiting
 from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
 
@@ -35,7 +35,7 @@ def a_server_that_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     It takes a second, and more, to have a hundred queries stopped where the cores are busy.
     """
-    for module in (_connection, _pool):
+    for module in (_pool, _waiting):
         monkeypatch.setattr(module, "CANCEL_GRACE", 20.0)
 
 
@@ -362,49 +362,6 @@ async def test_a_time_out_inside_of_an_io_is_no_cancellation(make_manager: MakeM
         assert query.cancelled()
         assert monotonic() - begin < 10
     await is_whole(db)
-    assert pids(db) == before
-
-
-class Deaf(AsyncConnection[Any]):
-    """Drops the first cancellation of an I/O, as psycopg 3.3.0 may do on Python 3.11."""
-
-    deaf = False
-
-    async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.deaf:
-            with suppress(asyncio.CancelledError):
-                await asyncio.sleep(30)
-        return await super().wait(gen, *args, **kwargs)
-
-
-@pytest.mark.parametrize("times", [1, 2, 20])
-async def test_a_cancellation_that_psycopg_drops_stops_the_query_nevertheless(
-    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
-    monkeypatch.setattr(_connection, "LOSES_CANCELLATION", True)
-    db = make_manager(connection_class=Deaf, min_size=1, max_size=1, name="orders")
-    await db.open()
-    before = pids(db)
-    began: list[Any] = []
-
-    async def use() -> None:
-        async with db.connection() as conn:
-            await conn.set_autocommit(True)
-            await conn.execute("select 1")
-            conn.deaf = True
-            began.append(conn)
-            try:
-                await conn.execute("select pg_sleep(30)")
-            finally:
-                conn.deaf = False
-
-    task = asyncio.create_task(use())
-    await until(lambda: began)
-    begin = monotonic()
-    await cancel(task, times)
-    assert task.cancelled()
-    await is_whole(db)
-    assert monotonic() - begin < 10  # and not the 30 s of the query
     assert pids(db) == before
 
 
