@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -246,6 +246,8 @@ def code_behind(function: object) -> CodeType | None:
     Behind decorators (`functools.wraps`), partials, methods and objects that can be called. A
     class stands where the first function in its body does.
     """
+    if type(function) is FunctionType and not function.__dict__:
+        return function.__code__  # most are no more than that
     written = _unwrapped(function)
     if not isinstance(written, type):
         return written

@@ -3,12 +3,15 @@
 # Annotations are not postponed: FastAPI could not look up those that are made in a test.
 
 import asyncio
+import importlib.util
+import inspect
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import anyio.from_thread
+import fastapi.dependencies.utils
 import httpx
 import psycopg
 import pytest
@@ -27,6 +30,7 @@ from poolkeeper import (
     PoolManager,
     ReleasedConnectionError,
 )
+from poolkeeper.adapters import fastapi as adapter
 from poolkeeper.adapters.fastapi import (
     DepConnection,
     DepPool,
@@ -262,12 +266,12 @@ async def test_a_test_client_serves_on_another_loop_than_such_a_connection(
 
 # --- the scope of the dependency ------------------------------------------------------------------
 
-WrongConnection = Annotated[AsyncConnection[Any], Depends(connection)]
+Unscoped = Annotated[AsyncConnection[Any], Depends(connection)]
 """With FastAPI's default scope, which ends after the response was sent."""
 
 
-def endpoints(app: FastAPI, alias: Any, read: threading.Event | None = None) -> str:
-    """Add an endpoint that fails at commit, and one that streams; return where that one is."""
+def endpoints(app: FastAPI, alias: Any, read: threading.Event | None = None) -> None:
+    """Add an endpoint that fails at commit, and one that streams."""
 
     @app.post("/twice")
     async def twice(text: str, conn: alias) -> str:
@@ -286,21 +290,12 @@ def endpoints(app: FastAPI, alias: Any, read: threading.Event | None = None) -> 
         await conn.execute("select 1")
         return StreamingResponse(body())
 
-    return line_of(stream)
 
-
-def test_with_the_default_scope_a_failed_commit_is_answered_with_success(
-    app: FastAPI, items: Callable[[], list[str]]
+@pytest.mark.parametrize("alias", [DepConnection, Unscoped])
+def test_a_failed_commit_is_not_answered_with_success_whatever_the_scope(
+    app: FastAPI, items: Callable[[], list[str]], alias: Any
 ) -> None:
-    endpoints(app, WrongConnection)
-    with TestClient(app, raise_server_exceptions=False) as http:
-        answer = http.post("/twice?text=a")
-    assert (answer.status_code, answer.json()) == (200, "ok")
-    assert items() == []
-
-
-def test_with_the_scope_of_ours_it_is_not(app: FastAPI, items: Callable[[], list[str]]) -> None:
-    endpoints(app, DepConnection)
+    endpoints(app, alias)
     with TestClient(app, raise_server_exceptions=False) as http:
         assert http.post("/twice?text=a").status_code == 500
     assert items() == []
@@ -318,25 +313,12 @@ def test_what_outlives_the_connection_cannot_depend_on_it(app: FastAPI) -> None:
         async def audited() -> None: ...
 
 
-async def test_with_the_default_scope_a_stream_holds_the_connection_and_is_named(
-    app: FastAPI, db: PoolManager[Any]
+@pytest.mark.parametrize("alias", [DepConnection, Unscoped])
+async def test_a_stream_holds_no_connection_whatever_the_scope(
+    app: FastAPI, db: PoolManager[Any], alias: Any
 ) -> None:
     read = threading.Event()
-    where = endpoints(app, WrongConnection, read)
-    async with LifespanManager(app) as running, client(running.app) as http:
-        reading = asyncio.create_task(http.get("/stream"))
-        await until(lambda: db.diagnose().cause == "held-but-hardly-used")
-        assert f"acquired at GET /stream, {where} in stream." in db.diagnose().detail
-        read.set()
-        assert (await reading).text == "begin end"
-        assert db.snapshot().in_use == 0
-
-
-async def test_with_the_scope_of_ours_a_stream_holds_none(
-    app: FastAPI, db: PoolManager[Any]
-) -> None:
-    read = threading.Event()
-    endpoints(app, DepConnection, read)
+    endpoints(app, alias, read)
     async with LifespanManager(app) as running, client(running.app) as http:
         reading = asyncio.create_task(http.get("/stream"))
         await until(lambda: db.snapshot().load.released > 0)
@@ -345,6 +327,42 @@ async def test_with_the_scope_of_ours_a_stream_holds_none(
         assert not reading.done()
         read.set()
         assert (await reading).text == "begin end"
+
+
+@pytest.fixture
+def without_stack(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The adapter beside a FastAPI that does not lend its exit stack, as far as can be seen."""
+    solve = fastapi.dependencies.utils.solve_dependencies
+
+    async def other(**arguments: Any) -> Any:
+        return await solve(**arguments)
+
+    monkeypatch.setattr(fastapi.dependencies.utils, "solve_dependencies", other)
+    assert adapter.__file__ is not None
+    spec = importlib.util.spec_from_file_location("poolkeeper.adapters.another", adapter.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_where_fastapi_lends_no_stack_it_is_a_dependency_with_yield(
+    app: FastAPI, items: Callable[[], list[str]], without_stack: Any
+) -> None:
+    assert inspect.isasyncgenfunction(without_stack.connection)
+    assert inspect.iscoroutinefunction(connection)
+    endpoints(app, without_stack.DepConnection)
+
+    @app.post("/once")
+    async def once(text: str, conn: without_stack.DepConnection, pool: DepPool) -> int:
+        await insert(conn, text)
+        return pool.snapshot().in_use
+
+    with TestClient(app, raise_server_exceptions=False) as http:
+        assert http.post("/twice?text=a").status_code == 500
+        assert http.post("/once?text=b").json() == 1
+    assert items() == ["b"]
 
 
 # --- WebSockets -----------------------------------------------------------------------------------
@@ -648,7 +666,7 @@ def test_all_ways_to_ask_give_one_connection(app: FastAPI, db: PoolManager[Any])
         request: Request,
         conn: DepConnection,
         uncached: Uncached,
-        late: WrongConnection,
+        late: Unscoped,
         repository: Annotated[AsyncConnection[Any], Depends(repository, scope="function")],
     ) -> list[bool]:
         async with connection_from(request) as asked:

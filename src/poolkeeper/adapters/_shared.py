@@ -29,8 +29,9 @@ from poolkeeper import (
     PoolManager,
 )
 from poolkeeper._log import log
-from poolkeeper._where import Behalf, Handler, code_behind
+from poolkeeper._where import Behalf, Handler
 from poolkeeper._where import call_site as call_site
+from poolkeeper._where import code_behind as code_behind
 from poolkeeper._where import program_frame as program_frame
 from poolkeeper.errors import see
 
