@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from typing_extensions import override
 
 from . import _facts
-from ._where import Code, asker, site
+from ._where import Code, asker, function_of, site
 from .errors import another
 
 # --- those who wait ---------------------------------------------------------------------------
@@ -510,6 +510,7 @@ class Checkout:
             "acquired": str(self),
             "task": self.task_name,
             "site": site(self.code, self.lineno),
+            "function": function_of(self.code),
             "held_seconds": self.held_seconds,
         }
 

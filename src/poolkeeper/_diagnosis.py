@@ -474,7 +474,7 @@ def _list(word: str, rows: Iterable[CheckoutRow]) -> str:
     rows = list(rows)
     shown = "; ".join(
         f'task "{row.task}" at {_asker(row)}, held {row.held_seconds:.1f} s, in queries'
-        f" {row.query_seconds:.1f} s, {row.status} (server process {row.backend_pid})"
+        f" {row.query_seconds:.1f} s, {row.status}{_now(row)} (server process {row.backend_pid})"
         for row in rows[:_NAMED]
     )
     more = f"; and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
@@ -483,6 +483,10 @@ def _list(word: str, rows: Iterable[CheckoutRow]) -> str:
 
 def _asker(row: CheckoutRow) -> str:
     return row.asker or row.site
+
+
+def _now(row: CheckoutRow) -> str:
+    return f", now at {row.awaits}" if row.awaits and not _asker(row).endswith(row.awaits) else ""
 
 
 def _number(number: int, noun: str) -> str:

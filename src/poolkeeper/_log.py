@@ -32,7 +32,7 @@ class Event(NamedTuple):
 
 NUMBERS = ("total", "in_use", "idle", "max", "waiting")
 SAID = ("detail", "hint")
-HELD = ("task", "site", "held_seconds")
+HELD = ("task", "site", "function", "held_seconds")
 
 EVENTS = {
     # --- the server
@@ -69,7 +69,7 @@ EVENTS = {
         WARNING,
         'could not acquire a connection from pool "%(pool)s" within %(timeout_seconds).2f s:'
         " %(summary)s",
-        ("cause", "waited_seconds", "task", "site", *NUMBERS, *SAID),
+        ("cause", "waited_seconds", "task", "site", "function", *NUMBERS, *SAID),
     ),
     "acquire_timeouts_over": Event(
         WARNING,
@@ -82,19 +82,19 @@ EVENTS = {
         WARNING,
         'pool "%(pool)s": suspected leak: a connection is held for %(held_seconds).1f s, acquired'
         " %(acquired)s",
-        ("task", "site", "stack", *NUMBERS),
+        ("task", "site", "function", "stack", *NUMBERS),
     ),
     "suspected_leak_returned": Event(
         WARNING,
         'pool "%(pool)s": no leak after all: a connection was returned after %(held_seconds).1f s,'
         " acquired %(acquired)s",
-        ("task", "site"),
+        ("task", "site", "function"),
     ),
     "connection_dropped": Event(
         WARNING,
         'pool "%(pool)s": a connection was dropped without being given back, after'
         " %(held_seconds).1f s, acquired %(acquired)s; taken back",
-        ("task", "site"),
+        ("task", "site", "function"),
     ),
     "connection_busy": Event(
         WARNING,

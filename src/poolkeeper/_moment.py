@@ -19,7 +19,7 @@ from psycopg import pq
 
 from . import _facts
 from ._checkouts import Checkout, Holder, Load, Waiter, stalled_seconds
-from ._where import Code, asker, site
+from ._where import Code, asker, is_library, route_of, site, where_now
 from .errors import see
 
 IDLE = pq.TransactionStatus.IDLE
@@ -49,6 +49,8 @@ class Held(NamedTuple):
     in_block: bool
     reported: bool
     stack: Any
+    awaits: tuple[Code, int] | None
+    """What its task stands at."""
 
 
 class Waiting(NamedTuple):
@@ -71,13 +73,17 @@ def note_held(
         if session is None or task is None:
             continue  # given back just now: this is another thread
         pgconn = session.pgconn
+        code, lineno = checkout.code, checkout.lineno
+        awaits, outside = where_now(task, code)
+        if _is_nobodys(code) and (own := outside or awaits):
+            code, lineno = own
         structured = checkout.structured
         held.append(
             Held(
                 task.get_name(),
                 id(task),
-                checkout.code,
-                checkout.lineno,
+                code,
+                lineno,
                 checkout.since,
                 checkout.busy_seconds,
                 checkout.busy_since,
@@ -91,6 +97,7 @@ def note_held(
                 structured,
                 checkout.reported,
                 checkout.stack,
+                awaits,
             )
         )
     return held
@@ -98,10 +105,19 @@ def note_held(
 
 def note_waiting(waiters: Iterable[Waiter]) -> list[Waiting]:
     """Note who waits, in the order of *waiters*."""
-    return [
-        Waiting(w.task.get_name() if w.task else "", id(w.task), w.code, w.lineno, w.since)
-        for w in waiters
-    ]
+    waiting: list[Waiting] = []
+    for waiter in waiters:
+        task, code, lineno = waiter.task, waiter.code, waiter.lineno
+        if _is_nobodys(code) and (own := where_now(task, code)[0]):
+            code, lineno = own
+        name = task.get_name() if task else ""
+        waiting.append(Waiting(name, id(task), code, lineno, waiter.since))
+    return waiting
+
+
+def _is_nobodys(code: Code) -> bool:
+    """Tell whether *code* is a library's, and nothing else is known of who has called it."""
+    return is_library(code) and not route_of(code)
 
 
 class Moment:
@@ -213,6 +229,7 @@ class Moment:
             suspected_leak=one.reported,
             stack=Checkout.stack_in_words(one.stack),
             asker=asker(one.code, one.lineno),
+            awaits=asker(*one.awaits) if one.awaits else "",
         )
 
     def account(self, timeout: float, waited: float) -> tuple[str, str, str, _facts.Diagnosis]:

@@ -56,7 +56,7 @@ from ._recovery import Connector
 from ._session import Session, part_from_pipeline, remains, retire, revoke, shut_down
 from ._storm import Storm
 from ._waiting import CANCEL_GRACE
-from ._where import Behalf, Code, Place, code_behind, coroutine_function, site
+from ._where import Behalf, Code, Place, code_behind, coroutine_function, function_of, site
 from ._words import in_words, raised_by
 from .errors import (
     AcquireTimeout,
@@ -924,6 +924,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             timeout_seconds=first.timeout,
             task=first.task.get_name() if first.task else "",
             site=site(first.code, first.lineno),
+            function=function_of(first.code),
         )
 
     def _refusal(
@@ -956,6 +957,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             timeout_seconds=timeout,
             task=task.get_name() if task else "",
             site=site(code, lineno),
+            function=function_of(code),
         )
         return error
 

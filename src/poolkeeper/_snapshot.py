@@ -58,6 +58,9 @@ class CheckoutRow:
     ``GET /orders/{id}, web.py:9 in order``.
     """
 
+    awaits: str = ""
+    """``file:line in function`` of yours that its task stands at now; empty while it runs."""
+
     @property
     def used_share(self) -> float:
         """Share of the held time that was spent waiting for the server, 0 to 1."""

@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -195,7 +195,7 @@ class Behalf:
     def __init__(self, code: Code, frame: FrameType, lineno: int | None = None) -> None:
         self.f_code: Code = code
         if lineno is None:
-            lineno = (code.code if isinstance(code, Handler) else code).co_firstlineno
+            lineno = _code(code).co_firstlineno
         self.f_lineno: int = lineno
         self.f_back: FrameType = frame
 
@@ -227,6 +227,7 @@ _STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
 _POOLKEEPER = f"{Path(__file__).parent}{os.sep}"
 
 
+@cache
 def _is_installed(path: str) -> bool:
     """Tell whether *path* is the standard library's, or that of an installed package."""
     return (
@@ -293,14 +294,63 @@ def coroutine_function(function: Function) -> Function:
     return function
 
 
+def where_now(
+    task: object, acquired: Code
+) -> tuple[tuple[CodeType, int] | None, tuple[CodeType, int] | None]:
+    """
+    Return two lines of the program's own among those that *task* stands at, each None if unknown.
+
+    The innermost of them, which is what it awaits; and the innermost outside of *acquired*, if
+    that is among them. A task that runs stands nowhere.
+
+    Args:
+        task: A task.
+        acquired: Code that has asked for a connection; it counts as the program's own where
+            nothing else does, for the program may be installed.
+    """
+    code_behind = _code(acquired)
+    now: tuple[CodeType, int] | None = None
+    within: tuple[CodeType, int] | None = None
+    outside: tuple[CodeType, int] | None = None
+    coroutine: Any = cast(Any, task).get_coro() if isinstance(task, asyncio.Task) else None
+    for _ in range(_DEEPEST):
+        # What else may be awaited has no frame, or is a generator of some library's.
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is None or coroutine.cr_running:
+            break
+        code = frame.f_code
+        if code is code_behind:
+            outside, within = now, (code, frame.f_lineno)
+        if not _is_of_library(frame.f_globals.get("__name__", ""), code.co_filename):
+            now = code, frame.f_lineno
+        coroutine = coroutine.cr_await
+    return now or within, outside
+
+
+_DEEPEST = 500
+
+
+@cache
+def _is_of_library(module: object, path: str) -> bool:
+    return str(module).partition(".")[0] in _INTERNAL or _is_installed(path)
+
+
+def is_library(code: Code) -> bool:
+    """Tell whether *code* is the standard library's, or that of an installed package."""
+    return _is_installed(_code(code).co_filename)
+
+
+def _code(code: Code) -> CodeType:
+    return code.code if isinstance(code, Handler) else code
+
+
 def site(code: Code, lineno: int) -> str:
     """
     Return ``file:line``, relative to the working directory where the file is below it.
 
     A function as a whole, whose first line is that of a decorator, stands where its ``def`` does.
     """
-    if isinstance(code, Handler):
-        code = code.code
+    code = _code(code)
     if lineno == code.co_firstlineno:
         lineno = _def_line(code)
     path = code.co_filename
@@ -325,8 +375,7 @@ def _def_line(code: CodeType) -> int:
 
 def function_of(code: Code) -> str:
     """Return the name of the function; "" where the code is none that has a name."""
-    if isinstance(code, Handler):
-        code = code.code
+    code = _code(code)
     # What is inside of it and has no name, such as a lambda, is its business.
     names = [name for name in code.co_qualname.split(".<locals>.") if not name.startswith("<")]
     return names[-1] if names else ""
@@ -344,7 +393,7 @@ def asker(code: Code, lineno: int) -> str:
     What is known of it, that is; of a handler that a library has, no line of the library's.
     """
     route, function = route_of(code), function_of(code)
-    if route and _is_installed((code.code if isinstance(code, Handler) else code).co_filename):
+    if route and is_library(code):
         return route
     place = site(code, lineno)
     if function:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 from unittest.mock import AsyncMock, create_autospec
 
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import BoundPool, PoolManager
+from poolkeeper import AcquireTimeout, BoundPool, PoolManager
 
 HERE = "tests/integration/test_call_sites.py"
 
@@ -213,3 +216,144 @@ async def test_a_decorated_function_that_raises_rolls_back(db: PoolManager[Any])
     with pytest.raises(ValueError, match="no"):
         await work()
     assert db.snapshot().in_use == 0
+
+
+# --- who that is, and what it awaits now ----------------------------------------------------------
+
+
+class Orders:
+    """A program with methods and helpers."""
+
+    def __init__(self, db: PoolManager[Any]) -> None:
+        self.db = db
+        self.go_on = asyncio.Event()
+
+    async def report(self) -> None:
+        async with self.db.connection():
+            await self.fetch_rates()
+
+    async def fetch_rates(self) -> None:
+        await asyncio.gather(self.go_on.wait())
+
+    async def nested(self) -> None:
+        async with self.db.connection():
+            await self.db.fetchval("select 1")
+
+
+def lines_of(function: Any) -> range:
+    lines, first = inspect.getsourcelines(function)
+    return range(first, first + len(lines))
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+async def test_a_holder_has_the_name_of_its_function_and_the_line_that_it_awaits(
+    db: PoolManager[Any],
+) -> None:
+    """The innermost line of the program's own: neither asyncio's, nor psycopg's, nor ours."""
+    orders = Orders(db)
+    task = asyncio.create_task(orders.report())
+    await until(lambda: orders.go_on._waiters)
+    (row,) = db.snapshot().checkouts
+    assert row.asker == f"{row.site} in Orders.report"
+    assert row.awaits == f"{HERE}:{lines_of(Orders.fetch_rates)[-1]} in Orders.fetch_rates"
+    orders.go_on.set()
+    await task
+
+
+async def test_what_a_holder_awaits_may_be_a_query_or_one_more_connection(
+    make_manager: Callable[..., PoolManager[Any]],
+) -> None:
+    db = make_manager(min_size=1, name="orders")
+    await db.open()
+    query = asyncio.create_task(db.fetchval("select pg_sleep(0.5)"))
+    await until(lambda: db.snapshot().checkouts)
+    assert db.snapshot().checkouts[0].awaits == ""  # nobody's line: the task is the query's own
+    await query
+    (error,) = await asyncio.gather(Orders(db).nested(), return_exceptions=True)
+    assert isinstance(error, AcquireTimeout)
+    last = lines_of(Orders.nested)[-1]
+    assert f" at {HERE}:{last - 1} in Orders.nested, held" in str(error)
+    assert f"idle, now at {HERE}:{last} in Orders.nested (server" in str(error)
+
+
+async def test_one_who_waits_has_the_name_of_its_function_too(db: PoolManager[Any]) -> None:
+    conns = [await db.pool.getconn() for _ in range(4)]
+    orders = Orders(db)
+    task = asyncio.create_task(orders.report())
+    await asyncio.sleep(0)
+    (row,) = db.snapshot().waiters
+    assert row.asker == f"{HERE}:{lines_of(Orders.report)[1]} in Orders.report"
+    for conn in conns:
+        await db.pool.putconn(conn)
+    orders.go_on.set()
+    await task
+
+
+async def test_who_takes_its_own_snapshot_runs_and_awaits_nothing(db: PoolManager[Any]) -> None:
+    async with db.connection():
+        assert [row.awaits for row in db.snapshot().checkouts] == [""]
+
+
+async def test_a_block_of_a_module_is_in_no_function(db: PoolManager[Any]) -> None:
+    source = "async with db.connection():\n    (row,) = db.snapshot().checkouts\n"
+    code = compile(source, "console", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    scope: dict[str, Any] = {"db": db}
+    await eval(code, scope)
+    assert scope["row"].asker == "console:1"
+
+
+def installed(function: Any) -> Any:
+    """Return *function* as if it were a library's."""
+    path = str(Path(asyncio.__file__).parents[1] / "site-packages" / "orm.py")
+    code = function.__code__.replace(co_filename=path)
+    return FunctionType(code, {**function.__globals__, "__name__": "orm"})
+
+
+async def library_query(db: PoolManager[Any], go_on: asyncio.Event) -> None:
+    async with db.connection():
+        await go_on.wait()
+
+
+async def library_acquire(db: PoolManager[Any]) -> Any:
+    return await db.pool.getconn()
+
+
+async def test_a_library_that_acquires_is_named_by_the_line_of_the_program_that_called_it(
+    make_manager: Callable[..., PoolManager[Any]],
+) -> None:
+    db = make_manager(min_size=1, name="orders")
+    await db.open()
+    go_on = asyncio.Event()
+
+    async def work() -> None:
+        await installed(library_query)(db, go_on)
+
+    tasks = [asyncio.create_task(work()) for _ in range(2)]
+    await until(lambda: db.snapshot().waiting)
+    asker = f"{HERE}:{lines_of(work)[-1]} in work"
+    snapshot = db.snapshot()
+    assert [row.asker for row in snapshot.checkouts] == [asker]
+    assert [row.asker for row in snapshot.waiters] == [asker]
+    go_on.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_so_is_one_that_has_acquired_and_returned(db: PoolManager[Any]) -> None:
+    go_on = asyncio.Event()
+
+    async def work() -> Any:
+        conn = await installed(library_acquire)(db)
+        await go_on.wait()
+        await db.pool.putconn(conn)
+
+    task = asyncio.create_task(work())
+    await until(lambda: db.snapshot().in_use)
+    (row,) = db.snapshot().checkouts
+    assert row.asker == f"{HERE}:{lines_of(work)[-2]} in work"
+    go_on.set()
+    await task

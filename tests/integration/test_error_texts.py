@@ -326,7 +326,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
             caught.value,
             """
             could not acquire a connection from pool "orders" within N s: all connections are in use
-            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE in FUNCTION, held N s, in queries N s, idle (server process N). Why none of them came back in time is not known.
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=0. 1 idle. Longest: TASK at SITE in FUNCTION, held N s, in queries N s, idle, now at SITE in FUNCTION (server process N). Why none of them came back in time is not known.
             HINT:  Keep a connection only while it works: not across HTTP calls or streams. See DOCS#acquire-timeout or run: poolkeeper explain all-in-use
             """,  # noqa: E501
         )
@@ -336,7 +336,7 @@ async def test_exhausted(make_manager: MakeManager) -> None:
             deadlock.value,
             """
             cannot acquire a connection from pool "orders": every task that holds a connection waits for another one
-            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=1. Held: TASK at SITE in FUNCTION, held N s, in queries N s, idle (server process N).
+            DETAIL:  total=1 in_use=1 idle=0 max=1 waiting=1. Held: TASK at SITE in FUNCTION, held N s, in queries N s, idle, now at SITE in FUNCTION (server process N).
             HINT:  Pass the connection that a task holds down to what it calls, instead of acquiring a second one. No max_size is enough for tasks that acquire while they hold. See DOCS#self-deadlock
             """,  # noqa: E501
         )
