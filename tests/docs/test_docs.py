@@ -13,6 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 import poolkeeper
 from poolkeeper import _compat
+from poolkeeper.errors import DOCS
 from tests.docs.blocks import Block, Example, blocks, examples, normal
 from tests.docs.pages import PAGES as WALKED
 from tests.support.server import admin
@@ -122,6 +123,28 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
         assert file.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: {link}"
+
+
+RAW = "https://raw.githubusercontent.com/poolkeeper/poolkeeper/main/"
+BLOB = "https://github.com/poolkeeper/poolkeeper/blob/main/"
+READMES = sorted(ROOT.glob("README*.md"))
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda page: page.name)
+def test_the_links_of_a_readme_lead_here_from_wherever_it_is_read(readme: Path) -> None:
+    """PyPI shows it, and knows neither the checkout nor its pictures."""
+    links = _LINK.findall(readme.read_text())
+    assert links
+    for link in links:
+        assert link.startswith("https://"), link
+        for begin in (RAW, BLOB):
+            if link.startswith(begin):
+                assert (ROOT / link.removeprefix(begin)).is_file(), link
+        if link.startswith(f"{DOCS}/"):
+            path, _, anchor = link.removeprefix(f"{DOCS}/").partition("#")
+            page = ROOT / "docs" / f"{path.strip('/') or 'index'}.md"
+            assert page.is_file(), link
+            assert not anchor or anchor in anchors(page), link
 
 
 def imported(module: Path) -> set[str]:
