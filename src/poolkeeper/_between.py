@@ -27,7 +27,9 @@ class Step:
 
     def __init__(self, number: Number, doing: str, function: object = None) -> None:
         self.number: Number = number
-        self.now(doing, function)
+        self.doing = doing
+        self.function = function
+        self.since = monotonic()
 
     def now(self, doing: str, function: object = None) -> None:
         """Note what is done from here on: "in the reset callback", the user's *function*."""

@@ -1,27 +1,35 @@
 """
 Looking at a connection before somebody gets it: whether it answers, whether `check` accepts it.
 
-Each look is a task of its own. So who waits for it may go at any time, at its timeout or because
-it is cancelled, whatever the look is doing; and the connection is the pool's to take back or to
-replace, whatever becomes of who wanted it.
+A look is made in the task that wants the connection, as psycopg_pool makes it. If that task is
+cancelled, or its time is up, so is what it waits for in the look, which has a moment to end. If
+it has not ended then, it is left to a task of the pool's own, and whoever waited goes. Whatever
+becomes of him, the connection is the pool's to take back or to replace.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from time import monotonic
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
-from . import _cleaning
+from psycopg import pq
+
+from . import _cleaning, _compat
 from ._between import Between
+from ._binding import weakly
 from ._log import log
-from ._session import Session, shut_down
+from ._moment import Moment
+from ._session import shut_down
 from ._waiting import CANCEL_GRACE
 from ._where import code_behind, site
 from ._words import in_words, raised_by
 
 Check: TypeAlias = Callable[[Any], Awaitable[None]]
+
+FOREVER = float("inf")
 
 PROBE_TIMEOUT = 2.0
 """Seconds that the server has to answer on a connection that is suspected to be dead."""
@@ -32,6 +40,12 @@ LAST_LOOK = 0.5
 FIRST_REST, LONGEST_REST = 0.01, 0.25
 """Seconds for which a connection that its check refuses is left alone, more each time."""
 
+PATIENCE = 2 * CANCEL_GRACE
+"""Seconds that a `check` that is cancelled has to end: as many as a query of its may take."""
+
+PATIENCE_WITH_OURS = 0.02
+"""Seconds that a query of our own has, for which nobody needs to wait."""
+
 
 class Pool(Protocol):
     """What a look asks of the pool."""
@@ -39,13 +53,20 @@ class Pool(Protocol):
     name: str
 
     def start_own_task(
-        self, work: Callable[[], Coroutine[Any, Any, None]], name: str, callers_context: bool
+        self,
+        work: Callable[[], Coroutine[Any, Any, None]],
+        name: str,
+        callers_context: bool = False,
     ) -> asyncio.Task[None]:
         """Start *work* in a task that `close()` waits for."""
         ...
 
     def is_alive(self) -> bool:
         """Tell whether the pool may hand a connection out: not if it is about to close."""
+        ...
+
+    def moment(self) -> Moment:
+        """Return the facts of this moment."""
         ...
 
     def is_right_server(self, conn: Any) -> bool:
@@ -66,13 +87,13 @@ class Refusals:
 
     def __init__(self) -> None:
         self.number = 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """Why it refused the last; without its traceback, which would keep the connection."""
         self.words = ""
         self.check: Check | None = None
         self.since = self.last = 0.0
 
-    def note(self, check: Check, error: Exception) -> None:
+    def note(self, check: Check, error: BaseException) -> None:
         """Note that *check* has refused a connection."""
         self.check = check
         self.last = monotonic()
@@ -103,14 +124,63 @@ class Checks:
         self.pool = pool
         self.between = between
         self.refusals = Refusals()
+        self._watched: set[Look] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = FOREVER
 
-    def ask(self, conn: Any) -> Look:
-        """Begin to ask the server on *conn* whether it answers."""
-        return _Asking(self, conn)
+    def answers(self, conn: Any, deadline: float) -> Look:
+        """Return what tells, awaited until *deadline*, whether the server answers on *conn*."""
+        return Look(self, conn, None, 0, deadline)
 
-    def pass_check(self, check: Check, conn: Any, refused: int) -> Look:
-        """Begin to let *check* look at *conn*, for a task that was refused so many before."""
-        return _Checking(self, check, conn, min(FIRST_REST * 2 ** min(refused, 10), LONGEST_REST))
+    def accepts(self, check: Check, conn: Any, refused: int, deadline: float) -> Look:
+        """Return what tells whether *check* accepts *conn*, for who was refused so many before."""
+        return Look(self, conn, check, refused, deadline)
+
+    def ask(self, conn: Any) -> asyncio.Future[bool]:
+        """Begin to ask the server on *conn*, which nobody waits for, whether it answers."""
+        look = Look(self, conn, None, 0, FOREVER)
+        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        task = self.pool.start_own_task(partial(look.tell, verdict), "check")
+        task.add_done_callback(lambda _: look.end_untold(verdict))
+        return verdict
+
+    def end(self) -> None:
+        """Let nobody wait for a look any more: the pool is about to close."""
+        for look in list(self._watched):
+            look.end()
+
+    def stop(self) -> None:
+        """Watch nothing any more."""
+        self._watched.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def watch(self, look: Look) -> None:
+        """Tell *look* when it is due: by one timer for all, for most are gone by then."""
+        self._watched.add(look)
+        if look.due < self._due:
+            self._arm(look.due)
+
+    def forget(self, look: Look) -> None:
+        """Watch *look* no more. The timer is left as it is: the next look may need it."""
+        self._watched.discard(look)
+
+    def _arm(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = asyncio.get_running_loop().call_later(due - monotonic(), weakly(self._ring))
+
+    def _ring(self) -> None:
+        self._timer, self._due = None, 0.0  # nothing is to be armed until all are told
+        now = monotonic()
+        for look in list(self._watched):
+            if look.due <= now:
+                look.is_due(now)
+        self._due = FOREVER
+        due = min((look.due for look in self._watched), default=FOREVER)
+        if due < FOREVER:
+            self._arm(due)
 
     def facts(self, now: float) -> dict[str, Any]:
         """Return what a `PoolSnapshot` has of it."""
@@ -131,140 +201,256 @@ class Look:
     """
     One look at one connection.
 
+    Awaited, it is True once the connection was found good, and is the caller's; False if it is
+    not, or not in time, and then the pool has it.
+
+    psycopg_pool's own ``check_connection()`` asks whether the server answers; so the server is
+    asked as the pool itself asks it, in one round trip, and given up after `PROBE_TIMEOUT`.
+
+    Args:
+        checks: Whose look it is.
+        conn: The connection.
+        check: The user's; None to ask whether the server answers.
+        refused: How many were refused to the caller before.
+        deadline: Until when the caller waits, but for `LAST_LOOK` at least.
+
     Attributes:
-        verdict: True once the connection was found good, and is whoever's that waits for it;
-            False if it is not, and the pool has it.
+        due: When it wants to be told what time it is.
+        moment: The facts of the moment at which its time was up.
     """
 
-    def __init__(self, checks: Checks, conn: Any) -> None:
+    due = FOREVER
+    moment: Moment | None = None
+
+    _silent_at = FOREVER  # when a server that has not answered is given up
+    _patient_until = FOREVER  # when who waits goes, though the look has not ended
+
+    _has_it = True  # the connection
+    _in_hurry = False  # to end: its time is up
+    _left = False  # to a task of the pool's own
+    _task: asyncio.Task[Any] | None = None  # that waits for it
+    _before = 0  # requests to cancel that task when it began to wait
+    _ours = 0  # such requests of the look's own
+
+    def __init__(
+        self, checks: Checks, conn: Any, check: Check | None, refused: int, deadline: float
+    ) -> None:
         self._checks = checks
         self._conn = conn
-        self._ended = False
-        loop = asyncio.get_running_loop()
-        self.verdict: asyncio.Future[bool] = loop.create_future()
+        self._check = check
+        self._asks = check is None or check is _compat.CHECK_CONNECTION
+        self._refused = refused
+        self._deadline = deadline
+        doing = "asked whether it still works" if check is None else "in the check callback"
+        checks.between.begin(conn._session, "checking", doing, check)
 
-    def _start(self, doing: str, function: object, callers_context: bool) -> None:
-        self._checks.between.begin(self._session, "checking", doing, function)
-        self._task = self._checks.pool.start_own_task(self._look, "check", callers_context)
-        self._task.add_done_callback(self._task_ended)
+    # --- what is done with the connection -----------------------------------------------------
 
-    async def _look(self) -> None:
-        raise NotImplementedError
-
-    async def found_good(self, deadline: float) -> bool:
-        """Wait for the verdict until *deadline*, but for `LAST_LOOK` at least."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(max(LAST_LOOK, deadline - monotonic()), self._give_up)
+    async def _look(self) -> bool:
+        conn, check, checks = self._conn, self._check, self._checks
+        pool = checks.pool
+        good = False
         try:
-            return await self.verdict
-        except BaseException:
-            if self.verdict.done() and not self.verdict.cancelled() and self.verdict.result():
-                # Cancelled in the same turn of the loop in which it was found good.
-                self._checks.pool.take_back_unused(self._conn)
+            if self._asks:
+                await _cleaning.ask(conn)
             else:
-                self._give_up()
+                await cast(Check, check)(conn)
+            if check is not None:
+                checks.refusals.end()
+            if pool.is_alive() and not conn.closed:
+                same = check is not None and conn._session.same_kind
+                if not same and not self._asks:
+                    same = await _cleaning.has_set_read_only(conn)
+                good = same or pool.is_right_server(conn)
+        except GeneratorExit:
+            raise  # nobody will go on with it: the connection is dropped, and so taken back
+        except (Exception, asyncio.CancelledError) as ex:
+            if isinstance(ex, asyncio.CancelledError) and not self._is_wanted:
+                self._take_back()
+                raise
+            self._refuse(ex)
+            return False
+        except BaseException:
+            self._take_back()
             raise
         finally:
-            timer.cancel()
+            checks.forget(self)
+        if good and self._is_wanted:
+            return True
+        self._take_back()
+        return False
 
-    def _give_up(self) -> None:
-        """Let nobody wait any more. The look goes on, to an end of its own."""
-        self._tell(False)
+    def _refuse(self, error: BaseException) -> None:
+        checks, conn, check = self._checks, self._conn, self._check
+        name = checks.pool.name
+        if check is None:
+            log("connection_dead", pool=name, reason=in_words(error))
+            self._take_back()
+            return
+        why = raised_by("the check callback", error)
+        checks.refusals.note(check, error)
+        log("check_refused", pool=name, reason=why)
+        if conn.closed or not self._is_wanted:
+            self._take_back()
+            return
+        # Left alone: who waits for it, and keeps his place in the line, would be handed it again
+        # at once.
+        checks.between.now(conn._session, "left alone, for its check refused it")
+        seconds = min(FIRST_REST * 2 ** min(self._refused, 10), LONGEST_REST)
+        resting = checks.pool.start_own_task(partial(asyncio.sleep, seconds), "check")
+        resting.add_done_callback(lambda _: self._take_back())
+
+    def _take_back(self) -> None:
+        if self._has_it:
+            self._has_it = False
+            self._checks.pool.take_back_unused(self._conn)
+
+    async def tell(self, verdict: asyncio.Future[bool]) -> None:
+        """Look, in a task of the pool's own."""
+        self.due = self._silent_at = monotonic() + PROBE_TIMEOUT
+        self._checks.watch(self)
+        verdict.set_result(await self._look())
+
+    def end_untold(self, verdict: asyncio.Future[bool]) -> None:
+        """Have a verdict, though somebody has cancelled every task there is."""
+        if not verdict.done():
+            self._take_back()
+            verdict.set_result(False)
+
+    # --- who waits for it ---------------------------------------------------------------------
+
+    def __await__(self) -> Generator[Any, Any, bool]:
+        work = self._look()
+        try:
+            waits_for = work.send(None)
+        except StopIteration as done:  # a check that waits for nothing
+            return cast(bool, done.value)
+        return (yield from self._wait(work, waits_for))
+
+    def _wait(self, work: Coroutine[Any, Any, bool], waits_for: Any) -> Generator[Any, Any, bool]:
+        task = self._task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._before = task.cancelling()
+        now = monotonic()
+        if self._asks:
+            self._silent_at = now + PROBE_TIMEOUT
+        self._deadline = max(self._deadline, now + LAST_LOOK)
+        self.due = min(self._silent_at, self._deadline)
+        self._checks.watch(self)
+        try:
+            while True:
+                try:
+                    value = yield waits_for
+                except asyncio.CancelledError as ex:
+                    if self._left:
+                        self._leave(work, ex)
+                        raise
+                    self._lose_patience_later()
+                    waits_for = work.throw(ex)
+                except BaseException as ex:
+                    waits_for = work.throw(ex)
+                else:
+                    waits_for = work.send(value)
+        except StopIteration as done:
+            if self._is_cancelled:
+                raise asyncio.CancelledError from None
+            return cast(bool, done.value)
+        except asyncio.CancelledError:
+            if self._is_cancelled:
+                raise
+            return False
+        finally:
+            self._task = None
+            for _ in range(self._ours):
+                task.uncancel()
+
+    def is_due(self, now: float) -> None:
+        """Do what is to be done by *now*."""
+        if self._patient_until <= now:
+            self._patient_until = FOREVER
+            # Not where it was a time-out inside of the look, which has taken its request back.
+            if not self._is_wanted:
+                self._left = True
+                self._interrupt()
+        if self._deadline <= now and self._task is not None:
+            self.moment = self._checks.pool.moment()
+            self.end()
+        if self._silent_at <= now:
+            self._silent_at = FOREVER
+            if self._conn.pgconn.status != pq.ConnStatus.BAD:
+                # Shut down, the socket reads as closed by the server. Cancelled, psycopg would
+                # ask the silent server to stop, and wait for it.
+                shut_down(self._conn.pgconn)
+        self.due = min(self._patient_until, self._deadline, self._silent_at)
+
+    def end(self) -> None:
+        """Cancel what is waited for."""
+        self._deadline = FOREVER
+        if self._task is not None:
+            self._in_hurry = True
+            self._interrupt()
+            self._lose_patience_later()
+
+    def _interrupt(self) -> None:
+        if self._task is not None:
+            self._ours += 1
+            self._task.cancel()
+
+    def _lose_patience_later(self) -> None:
+        if self._patient_until == FOREVER:
+            patience = PATIENCE_WITH_OURS if self._asks else PATIENCE
+            self._patient_until = monotonic() + patience
+            self.due = min(self.due, self._patient_until)
+            self._checks.watch(self)
 
     @property
-    def _session(self) -> Session:
-        session: Session = self._conn._session
-        return session
+    def _is_cancelled(self) -> bool:
+        """True if somebody else has cancelled the task that waits."""
+        task = self._task
+        return task is not None and task.cancelling() - self._ours > self._before
 
-    def _tell(self, good: bool) -> None:
-        if not self.verdict.done():
-            self.verdict.set_result(good)
+    @property
+    def _is_wanted(self) -> bool:
+        if self._in_hurry or self._left:
+            return False
+        return self._task is None or not self._is_cancelled
 
-    def _end(self, good: bool) -> None:
-        """Hand the connection to who waits, if it is *good*; else let the pool have it."""
-        if self._ended:
-            return
-        self._ended = True
-        if good and not self.verdict.done():
-            self._tell(True)
-        else:
-            self._checks.pool.take_back_unused(self._conn)
-            self._tell(False)
-
-    def _task_ended(self, _task: asyncio.Task[None]) -> None:
-        # Somebody cancelled every task there is, this one before it began.
-        self._end(False)
+    def _leave(self, work: Coroutine[Any, Any, bool], cancellation: asyncio.CancelledError) -> None:
+        """Leave the rest of the look to a task of the pool's own."""
+        pool, check = self._checks.pool, self._check
+        self._deadline = FOREVER
+        if not self._asks:
+            code = code_behind(check)
+            where = site(code, code.co_firstlineno) if code else "not written in Python"
+            log("check_stuck", pool=pool.name, site=where)
+            self._has_it = False
+            pool.lose(self._conn)
+        pool.start_own_task(partial(_finish, work, cancellation), "check", callers_context=True)
 
 
-class _Asking(Look):
-    """Spends a round trip to find out whether the server answers, within `PROBE_TIMEOUT`."""
+async def _finish(work: Coroutine[Any, Any, bool], cancellation: asyncio.CancelledError) -> None:
+    """Do what is left of *work*, which was cancelled."""
+    await _Rest(work, cancellation)
 
-    def __init__(self, checks: Checks, conn: Any) -> None:
-        super().__init__(checks, conn)
-        self._start("asked whether it still works", None, callers_context=False)
 
-    async def _look(self) -> None:
-        conn, pool = self._conn, self._checks.pool
-        # Shut down, the socket reads as closed by the server. Cancelled, psycopg would ask the
-        # silent server to stop, and wait for it.
-        timer = asyncio.get_running_loop().call_later(PROBE_TIMEOUT, shut_down, conn.pgconn)
-        good = False
+class _Rest:
+    """Awaits what is left of a look."""
+
+    def __init__(
+        self, work: Coroutine[Any, Any, bool], cancellation: asyncio.CancelledError
+    ) -> None:
+        self._work = work
+        self._cancellation = cancellation
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        work = self._work
         try:
-            await _cleaning.ask(conn)
-            good = pool.is_alive() and not conn.closed and pool.is_right_server(conn)
-        except Exception as ex:
-            log("connection_dead", pool=pool.name, reason=in_words(ex))
-        finally:
-            timer.cancel()
-            self._end(good)
-
-
-class _Checking(Look):
-    """
-    Lets the user's `check` look, in the context of the task that the connection is for.
-
-    One that it refuses is left alone for a moment: who waits for it, and keeps its place in the
-    line, would be handed it again at once. One that hangs is cancelled when nobody waits for it
-    any more; if it does not end then, the connection is taken away from it.
-    """
-
-    def __init__(self, checks: Checks, check: Check, conn: Any, rest: float) -> None:
-        super().__init__(checks, conn)
-        self._check = check
-        self._rest = rest
-        self._start("in the check callback", check, callers_context=True)
-
-    async def _look(self) -> None:
-        conn, checks = self._conn, self._checks
-        good = False
-        try:
-            await self._check(conn)
-            same = conn.closed or self._session.same_kind or await _cleaning.has_set_read_only(conn)
-            checks.refusals.end()
-            good = checks.pool.is_alive() and not conn.closed
-            good = good and (same or checks.pool.is_right_server(conn))
-        except Exception as ex:
-            why = raised_by("the check callback", ex)
-            checks.refusals.note(self._check, ex)
-            log("check_refused", pool=checks.pool.name, reason=why)
-            if not self._ended and not conn.closed:
-                checks.between.now(self._session, "left alone, for its check refused it")
-                self._tell(False)
-                await asyncio.sleep(self._rest)
-        finally:
-            self._end(good)
-
-    def _give_up(self) -> None:
-        super()._give_up()
-        if not self._task.done():
-            self._task.cancel()
-            asyncio.get_running_loop().call_later(2 * CANCEL_GRACE, self._take_away)
-
-    def _take_away(self) -> None:
-        if self._ended or self._task.done():
-            return
-        self._ended = True
-        code = code_behind(self._check)
-        where = site(code, code.co_firstlineno) if code else "not written in Python"
-        log("check_stuck", pool=self._checks.pool.name, site=where)
-        self._checks.pool.lose(self._conn)
+            waits_for = work.throw(self._cancellation)
+            while True:
+                try:
+                    value = yield waits_for
+                except BaseException as ex:
+                    waits_for = work.throw(ex)
+                else:
+                    waits_for = work.send(value)
+        except StopIteration:
+            pass

@@ -88,6 +88,8 @@ except ImportError as ex:
 require()
 
 ACT = TypeVar("ACT", bound="AsyncConnection[Any]", default="AsyncConnection[TupleRow]")
+CHECK_CONNECTION = AsyncConnectionPool.check_connection
+
 AnyPool: TypeAlias = "AsyncConnectionPool[Any]"
 AnyConnection: TypeAlias = "AsyncConnection[Any]"
 

@@ -260,9 +260,9 @@ class BoundPool(_compat.TellingPool[ACT]):
             return _facts.PoolSnapshot(
                 self.name, self.state.value, 0, 0, 0, self.max_size, 0, self.min_size
             )
-        return self._moment().snapshot()
+        return self.moment().snapshot()
 
-    def _moment(self, gave_up: Container[Holder] = ()) -> Moment:
+    def moment(self, gave_up: Container[Holder] = ()) -> Moment:
         """
         Note the facts of this moment.
 
@@ -822,15 +822,14 @@ class BoundPool(_compat.TellingPool[ACT]):
             if fresh or session.is_quiet() or await self._answers(conn, deadline):
                 session.heard_at = now
                 check = self._user_check
-                if check is None or await self._checks.pass_check(check, conn, refused).found_good(
-                    deadline
-                ):
+                look = check and self._checks.accepts(check, conn, refused, deadline)
+                if look is None or await look:
                     self._between.end(session)
                     return self._check_out(conn, session, frame, lineno, structured, now)
                 refused += 1
                 if (now := monotonic()) >= deadline:
                     _compat.count(self, self._REQUESTS_ERRORS)
-                    raise self._refusal(timeout, now - began, code, lineno)
+                    raise self._refusal(timeout, now - began, code, lineno, look.moment)
 
     async def _wait_in_line(
         self, timeout: float, deadline: float, code: Code, lineno: int, joined: float
@@ -909,7 +908,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         for waiter in waiters:
             self._line.leave(waiter)
         self._ledger.gave_up(len(waiters))
-        moment = self._moment({waiter.task for waiter in waiters})
+        moment = self.moment({waiter.task for waiter in waiters})
         errors = [
             self._acquire_timeout(waiter.timeout, moment.when - waiter.since, moment)
             for waiter in waiters
@@ -928,7 +927,12 @@ class BoundPool(_compat.TellingPool[ACT]):
         )
 
     def _refusal(
-        self, timeout: float, waited: float | None, code: Code, lineno: int
+        self,
+        timeout: float,
+        waited: float | None,
+        code: Code,
+        lineno: int,
+        moment: Moment | None = None,
     ) -> AcquireTimeout:
         """
         Return why an acquire fails that is not in line; it is logged.
@@ -938,15 +942,9 @@ class BoundPool(_compat.TellingPool[ACT]):
             waited: How long it did, in line; None if it never was.
             code: Where it asks.
             lineno: At which line of it.
+            moment: When its time was up; None if that is now.
         """
-        moment = self._last_moment
-        # Who tries again and again would spend more time on the reasons than on the tries.
-        if (
-            moment is None
-            or monotonic() - moment.when > FRESH
-            or not moment.is_of(self.counts(), self._ledger.last_began)
-        ):
-            moment = self._last_moment = self._moment()
+        moment = moment or self._recent_moment()
         error = self._acquire_timeout(
             timeout, max(0.0, timeout) if waited is None else waited, moment
         )
@@ -961,6 +959,17 @@ class BoundPool(_compat.TellingPool[ACT]):
         )
         return error
 
+    def _recent_moment(self) -> Moment:
+        moment = self._last_moment
+        # Who tries again and again would spend more time on the reasons than on the tries.
+        if (
+            moment is None
+            or monotonic() - moment.when > FRESH
+            or not moment.is_of(self.counts(), self._ledger.last_began)
+        ):
+            moment = self._last_moment = self.moment()
+        return moment
+
     def _acquire_timeout(self, timeout: float, waited: float, moment: Moment) -> AcquireTimeout:
         """Return why an acquire has failed, in words that are found when they are read."""
         error = AcquireTimeout.told_later(partial(moment.account, timeout, waited))
@@ -973,7 +982,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         """Tell the one who completed a self-deadlock, if nobody has stopped waiting since."""
         if not self._ledger.deadlock_lasts(self._line, self.max_size, waiter.suspected):
             return
-        moment = self._moment()
+        moment = self.moment()
         self._line.leave(waiter)
         diagnosis = _facts.diagnose(moment.snapshot(moment.when - waiter.since))
         error = SelfDeadlockError(
@@ -996,14 +1005,14 @@ class BoundPool(_compat.TellingPool[ACT]):
         if _was_ended(conn):
             self._replace_dead([conn])
             return False
-        if await self._checks.ask(conn).found_good(deadline):
+        if await self._checks.answers(conn, deadline):
             return True
         self._replace_dead([])
         return False
 
     def _check_idle(self, conn: Any) -> asyncio.Future[bool]:
         """Ask the server whether *conn*, which was idle, works; keep it or replace it."""
-        verdict = self._checks.ask(conn).verdict
+        verdict = self._checks.ask(conn)
         verdict.add_done_callback(partial(self._checked, conn))
         self._asked_idle += 1
         return verdict
@@ -1455,6 +1464,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         if self.question is not None:
             self.question.refuse("the pool is closing")
         self._failover.stop()
+        self._checks.end()
         farewells = [task for c in _compat.refuse_clients(self) if (task := self.dismiss(c))]
         interruption: asyncio.CancelledError | None = None
         begin = monotonic()
@@ -1597,6 +1607,7 @@ class BoundPool(_compat.TellingPool[ACT]):
     def _stop_timers(self) -> None:
         self._clock.stop()
         self._storm.end()
+        self._checks.stop()
         if self._leak_timer is not None:
             self._leak_timer.cancel()
         if self._slow_callbacks is not None:

@@ -60,7 +60,7 @@ STANDBY = b"in_hot_standby"  # the server's alone to change, "on" until it is pr
 KIND_PARAMETERS = frozenset({READ_ONLY, STANDBY})
 """What tells one kind of server from another; reported since PostgreSQL 14."""
 
-_KIND = [REPORTED_PARAMETERS.index(name) for name in (READ_ONLY, STANDBY)]
+_READ_ONLY, _STANDBY = _KIND = [REPORTED_PARAMETERS.index(name) for name in (READ_ONLY, STANDBY)]
 
 
 class Handle(AsyncConnection[Any]):
@@ -210,8 +210,8 @@ class Session:
     @property
     def same_kind(self) -> bool:
         """True if the server does not report that it has become another kind of server."""
-        was, now = self._parameters, self._reported_parameters()
-        return all(was[i] == now[i] for i in _KIND)
+        was, now = self._parameters, self.pgconn.parameter_status
+        return now(READ_ONLY) == was[_READ_ONLY] and now(STANDBY) == was[_STANDBY]
 
     @property
     def kind(self) -> str:

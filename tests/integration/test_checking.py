@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from psycopg.pq import TransactionStatus
+from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import AcquireTimeout, PoolManager
+from poolkeeper import AcquireTimeout, ClosedError, PoolManager
+from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
+from tests.support.wire import wire_of_session
 
 MakeManager = Callable[..., PoolManager[Any]]
 HERE = "tests/integration/test_checking.py"
+IDLE = TransactionStatus.IDLE
 PATIENCE = 20.0  # seconds after which something that does not happen is said not to
 
 
@@ -24,7 +28,7 @@ def opened(make_manager: MakeManager) -> Any:
 
     async def opened(**arguments: Any) -> PoolManager[Any]:
         arguments = {"min_size": 1, "max_size": 1, "name": "orders", "timeout": 5, **arguments}
-        db = make_manager(**arguments)
+        db = make_manager(arguments.pop("conninfo", None), **arguments)
         await db.open()
         return db
 
@@ -138,26 +142,147 @@ async def test_a_check_that_swallows_its_cancellation_costs_the_connection_and_n
     assert db.snapshot().numbers() == "total=1 in_use=0 idle=1 max=1 waiting=0"
 
 
-async def test_who_is_cancelled_in_check_goes_at_once(opened: Any) -> None:
+async def test_who_is_cancelled_in_check_goes_when_it_has_ended(opened: Any) -> None:
     entered = asyncio.Event()
+    ended = False
+
+    async def check(conn: Any) -> None:
+        nonlocal ended
+        entered.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.05)
+            ended = True
+
+    db = await opened(check=check)
+    (session,) = db.pool._sessions
+    task = asyncio.create_task(db.fetchval("select 1"))
+    await entered.wait()
+    assert db.snapshot().numbers() == "total=1 in_use=0 idle=0 max=1 waiting=0 checking=1"
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended
+    await until(lambda: db.snapshot().idle == 1)
+    assert set(db.pool._sessions) == {session}
+
+
+async def test_who_is_cancelled_does_not_wait_for_a_check_that_does_not_end(
+    opened: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, let_go = asyncio.Event(), asyncio.Event()
 
     async def check(conn: Any) -> None:
         entered.set()
         try:
             await asyncio.sleep(3600)
         finally:
-            await asyncio.sleep(0.2)
+            while not let_go.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await let_go.wait()
 
     db = await opened(check=check)
     task = asyncio.create_task(db.fetchval("select 1"))
     await entered.wait()
-    assert db.snapshot().numbers() == "total=1 in_use=0 idle=0 max=1 waiting=0 checking=1"
-    task.cancel()
-    begin = time.monotonic()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert time.monotonic() - begin < 0.15
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert "goes on although it was cancelled" in caplog.text
     await until(lambda: db.snapshot().idle == 1)
+    let_go.set()
+    await until(lambda: not db.pool._returning)
+    assert db.snapshot().numbers() == "total=1 in_use=0 idle=1 max=1 waiting=0"
+
+
+async def test_a_timeout_inside_of_check_is_the_checks_own(opened: Any) -> None:
+    """It cancels the task that acquires, and takes that back."""
+    slow = [True]
+
+    async def check(conn: Any) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(3600)
+        if slow:
+            slow.clear()
+            async with asyncio.timeout(0.01):
+                await conn.execute("select pg_sleep(3600)")
+
+    db = await opened(check=check)
+    async with db.connection(PATIENCE):
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+
+
+async def test_check_runs_in_the_task_that_acquires(opened: Any) -> None:
+    tasks: list[Any] = []
+
+    async def check(conn: Any) -> None:
+        tasks.append(asyncio.current_task())
+        await asyncio.sleep(0)
+        tasks.append(asyncio.current_task())
+
+    db = await opened(check=check)
+    async with db.connection():
+        pass
+    assert tasks == [asyncio.current_task()] * 2
+
+
+async def test_close_ends_the_wait_for_a_check(opened: Any) -> None:
+    entered = asyncio.Event()
+
+    async def check(conn: Any) -> None:
+        entered.set()
+        await asyncio.sleep(3600)
+
+    db = await opened(check=check)
+    task = asyncio.create_task(db.fetchval("select 1"))
+    await entered.wait()
+    async with asyncio.timeout(PATIENCE):
+        await db.close(timeout=3600)
+        with pytest.raises(ClosedError):
+            await task
+    assert not task.cancelling()
+
+
+# --- psycopg_pool's own -------------------------------------------------------------------------
+
+
+async def test_check_connection_costs_one_round_trip_and_leaves_no_trace(opened: Any) -> None:
+    db = await opened(check=AsyncConnectionPool.check_connection)
+    (idle,) = db.pool._idle
+    with wire_of_session(idle.pgconn) as wire:
+        async with db.connection() as conn:
+            assert not conn.autocommit
+            assert conn.pgconn.transaction_status == IDLE
+        assert len(wire.sent()) == 1
+
+
+async def test_who_is_cancelled_or_out_of_time_does_not_wait_for_a_silent_server(
+    opened: Any, proxy: FaultProxy, dsn: str
+) -> None:
+    targets = iter([proxy.dsn] * 2)
+    db = await opened(
+        conninfo=lambda: next(targets, dsn),
+        min_size=2,
+        max_size=2,
+        check=AsyncConnectionPool.check_connection,
+    )
+    proxy.stall()
+    cancelled = asyncio.create_task(db.fetchval("select 1"))
+    await until(lambda: db.snapshot().checking == 1)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    error = await fails(db, 0.1)
+    assert error.diagnosis is not None
+    assert error.diagnosis.cause == "held-up"
+    assert await db.fetchval("select 1") == 1
+    await until(lambda: db.snapshot().idle == 2)
 
 
 # --- the place in the line ----------------------------------------------------------------------
@@ -226,6 +351,7 @@ async def test_a_place_is_kept_though_the_line_is_full(opened: Any) -> None:
 
     async def check(conn: Any) -> None:
         if refuse:
+            await until(lambda: db.snapshot().waiting == 1)
             refuse.pop()
             raise LookupError
 
