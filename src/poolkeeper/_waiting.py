@@ -393,7 +393,7 @@ class _Stop:
 
     async def _keep_asking(self) -> None:
         pause = 0.01
-        while not self._over:
+        while True:
             began = monotonic()
             self._on_its_way = True
             try:
@@ -405,6 +405,8 @@ class _Stop:
                     self._taken = True
                     self._patience.renew()
             self._on_its_way = False
+            if self._over:
+                return
             # Where it takes long, many ask: no need to ask more often than they are heard.
-            await asyncio.sleep(max(pause, monotonic() - began))
-            pause *= 2
+            await asyncio.sleep(max(pause, min(monotonic() - began, TICK)))
+            pause = min(2 * pause, 2 * TICK)
