@@ -1,23 +1,15 @@
 """
-The code blocks of a Markdown file, and how to run one as its reader would.
+The code blocks of a Markdown file, and whether what was printed is what a block shows.
 
-A ``python`` block that calls ``run()`` is a whole program: it is saved as ``app.py`` and run in a
-process of its own. Any other is a fragment: ``main.py`` runs it in a coroutine, with an open
-manager at hand as ``db``. A ``text`` block after it, with no other block between, is how its
-output ends.
-
-A block with ``<!-- from: examples/... -->`` on the line before it is an excerpt of that file, which
-has tests of its own. One with ``<!-- keeps running -->`` is a command that does not end by itself.
+A block whose first line is ``# app.py`` is that file, with ``# app.py, continued`` more of it.
+One with ``<!-- from: examples/... -->`` on the line before it is an excerpt of that file, which has
+tests of its own. One with ``<!-- keeps running -->`` is a command that does not end by itself.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 _FENCE = re.compile(
@@ -26,28 +18,6 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _FILE = re.compile(r"# (?P<name>[\w./-]*\.\w+|Dockerfile)(?P<more>, continued)?$", re.MULTILINE)
-_RUN = re.compile(r"\brun\(")
-# Keeps the fragment's own file name and line numbers, for messages show them.
-_MAIN = """\
-import ast, asyncio, os, pathlib
-import psycopg, poolkeeper
-from poolkeeper import PoolManager
-
-source = pathlib.Path("app.py")
-code = compile(source.read_text(), str(source.resolve()), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-
-async def main():
-    db = PoolManager(os.environ["DATABASE_URL"], min_size=1, max_size=4, name="orders")
-    async with db:
-        running = eval(code, {
-            **vars(poolkeeper), "__name__": "app", "asyncio": asyncio, "os": os,
-            "psycopg": psycopg, "db": db,
-        })
-        if running is not None:
-            await running
-
-asyncio.run(main())
-"""
 
 # What differs from one run to the next.
 _VARIABLE = (
@@ -86,40 +56,6 @@ class Block:
         return bool(named and named["more"])
 
 
-@dataclass(frozen=True)
-class Example:
-    """Python code, and what the text says that it prints."""
-
-    code: Block
-    output: Block | None
-
-    @property
-    def is_program(self) -> bool:
-        """True if the code runs by itself."""
-        return bool(_RUN.search(self.code.body))
-
-    def run(self, directory: Path, dsn: str) -> subprocess.CompletedProcess[str]:
-        """Run it in *directory*; what it prints and what it complains of come as one text."""
-        (directory / "app.py").write_text(self.code.body)
-        (directory / "main.py").write_text(_MAIN)
-        return subprocess.run(
-            [sys.executable, "app.py" if self.is_program else "main.py"],
-            cwd=directory,
-            env={
-                **os.environ,
-                "DATABASE_URL": dsn,
-                "PYTHONUNBUFFERED": "1",
-                "PYTHONASYNCIODEBUG": "",  # it prints what the text does not show
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-
 def blocks(path: Path) -> list[Block]:
     """Return the code blocks of a Markdown file."""
     text = path.read_text()
@@ -133,15 +69,6 @@ def blocks(path: Path) -> list[Block]:
             bool(match["runs"]),
         )
         for match in _FENCE.finditer(text)
-    ]
-
-
-def examples(path: Path) -> list[Example]:
-    """Return the Python blocks of a Markdown file, each with its output where it is shown."""
-    return [
-        Example(block, after if after is not None and after.language == "text" else None)
-        for block, after in pairwise([*blocks(path), None])
-        if block is not None and block.language == "python" and not block.source
     ]
 
 

@@ -36,8 +36,7 @@ DOCS = ROOT / "docs"
 ELSEWHERE = {"logging"}  # what it shows is compared field by field, in test_logging.py
 PAGES = [
     ROOT / "README.md",
-    DOCS / "quickstart.md",
-    DOCS / "semantics.md",
+    *(DOCS / f"{name}.md" for name in ("quickstart", "diagnose", "errors", "semantics")),
     *(page for page in sorted(DOCS.glob("howto/*.md")) if page.stem not in ELSEWHERE),
 ]
 TWICE = 2

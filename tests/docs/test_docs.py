@@ -1,68 +1,25 @@
-"""What README.md and docs/ show is what happens."""
+"""What README.md and docs/ say of the source, and of one another, is so."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import pytest
-from psycopg.conninfo import make_conninfo
 
 import poolkeeper
 from poolkeeper import _compat
 from poolkeeper.errors import DOCS
-from tests.docs.blocks import Block, Example, blocks, examples, normal
-from tests.docs.pages import PAGES as WALKED
-from tests.support.server import admin
+from tests.docs.blocks import Block, blocks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-EXAMPLES = [example for page in PAGES if page not in WALKED for example in examples(page)]
 
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _ANCHOR = re.compile(r'<a id="([^"]+)"></a>')
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _SEE = re.compile(r"""\bsee(?:_site)?\(["']([\w-]+)["'][,)]""")
-
-
-def where(example: Example) -> str:
-    return f"{example.code.path.name}:{example.code.line}"
-
-
-@pytest.fixture(scope="module")
-def docs_dsn(dsn: str) -> Iterator[str]:
-    """A database of the examples' own, for they make tables."""
-    admin(dsn, "create database poolkeeper_docs")
-    if "://" in dsn:
-        yield urlunsplit(urlsplit(dsn)._replace(path="/poolkeeper_docs"))
-    else:
-        yield make_conninfo(dsn, dbname="poolkeeper_docs")
-    admin(dsn, "drop database poolkeeper_docs with (force)")
-
-
-def test_there_are_examples_to_run() -> None:
-    assert {example.code.path.name for example in EXAMPLES} >= {
-        "README.md", "quickstart.md", "errors.md", "semantics.md",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=where)
-def test_an_example_does_what_the_text_says(
-    example: Example, docs_dsn: str, tmp_path: Path
-) -> None:
-    admin(docs_dsn, "drop schema if exists public cascade")
-    admin(docs_dsn, "create schema public")
-    admin(docs_dsn, "create table accounts (id int primary key, balance int not null)")
-    admin(docs_dsn, "insert into accounts select id, 100 from generate_series(1, 9) as id")
-    ended = example.run(tmp_path, docs_dsn)
-    expected = normal(example.output.body) if example.output else ""
-    fails = bool(re.search(r"\w(Error|Timeout): ", expected))
-    assert bool(ended.returncode) == fails, ended.stdout
-    if expected:
-        assert normal(ended.stdout).endswith(expected), ended.stdout
 
 
 EXCERPTS = [block for page in PAGES for block in blocks(page) if block.source]

@@ -8,9 +8,9 @@ What the reader has beforehand is a Python, in an environment of his own, and ``
 - Each line of a ``sh`` block is typed. With ``<!-- keeps running -->`` on the line before the block
   it is a server, which the reader leaves alone in a terminal of its own: it is there when it
   listens on the port that the line names, or has said what the block after it shows.
-- After the line ``python -m asyncio``, ``python`` blocks without a name are pasted there.
-- A ``text`` or ``json`` block with no other block before it is what the lines, the pasted block, or
-  the program that was just saved, have printed: word by word, but for what differs from run to run.
+- A ``text`` or ``json`` block with no other block before it is what the lines, or the program that
+  was just saved, have printed: word by word, but for what differs from run to run.
+- ``python`` is pasted into a file: a block that names none is an excerpt, or a mistake.
 - An excerpt (``<!-- from: examples/... -->``) is not pasted.
 
 Pages say port 8000. Here it is another one that is free.
@@ -24,7 +24,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -36,11 +35,9 @@ from typing import Self
 from .blocks import Block, agrees, blocks
 
 PORT = "8000"
-SESSION = "python -m asyncio"
 
 # A command that shows one of these is meant to fail.
 _FAILS = re.compile(r"\w(Error|Timeout): |\b[1-9]\d* failed\b")
-_PROMPT = re.compile(r"^(?:(?:>>>|\.\.\.) )+", re.MULTILINE)
 _PATIENCE = 60.0  # seconds: for a busy machine
 
 SHOWS = ("text", "json")
@@ -77,7 +74,6 @@ class Reader:
         self._install = install
         self._port = str(_free_port())
         self._servers: list[_Server] = []
-        self._session: _Session | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +84,6 @@ class Reader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end_session()
         for server in self._servers:
             server.kill()
 
@@ -107,9 +102,8 @@ class Reader:
             elif block.language == TYPED:
                 self._type(block, typed(block.body), shown)
             elif block.language == "python":
-                self._paste(block, shown)
+                raise NotAsShown(block, "nobody can tell which file it belongs to")
         self._refresh()
-        self._end_session()
         for server in self._servers:
             server.stop()
         self._servers.clear()
@@ -132,9 +126,6 @@ class Reader:
         for line in lines:
             if self._install is not None and line.startswith("pip install "):
                 self._install(line)
-            elif line == SESSION:
-                self._end_session()
-                self._session = _Session(self._directory, self._env)
             else:
                 ended = subprocess.run(
                     line.replace(PORT, self._port),
@@ -172,20 +163,6 @@ class Reader:
             if server.is_old:
                 server.stop()
                 server.start()
-
-    def _paste(self, block: Block, shown: Block | None) -> None:
-        if self._session is None:
-            raise NotAsShown(block, f'no file is named, and "{SESSION}" was not typed before')
-        said = self._session.paste(block.body)
-        if ("Traceback" in said) != bool(shown and _FAILS.search(shown.body)):
-            raise NotAsShown(block, "it fails, or does not fail", said)
-        if shown is not None and not agrees(said, shown.body):
-            raise NotAsShown(shown, "it is answered otherwise", said)
-
-    def _end_session(self) -> None:
-        if self._session is not None:
-            self._session.end()
-            self._session = None
 
 
 class _Server:
@@ -260,45 +237,6 @@ class _Server:
 
     def _said(self) -> str:
         return self._log.read_text(errors="replace").replace(self._port, PORT)
-
-
-class _Session:
-    """``python -m asyncio`` in a terminal."""
-
-    def __init__(self, directory: Path, env: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            shlex.split(SESSION),
-            cwd=directory,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.paste("")  # its greeting
-
-    def paste(self, body: str) -> str:
-        """Paste, press Enter, and return what is printed."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        watch = threading.Timer(_PATIENCE, self._process.kill)
-        watch.start()
-        try:
-            self._process.stdin.write(f"{body}\nprint('pasted', 'all')\n")
-            self._process.stdin.flush()
-            said = ""
-            while not said.endswith("pasted all\n"):
-                line = self._process.stdout.readline()
-                if not line:
-                    break
-                said += line
-        finally:
-            watch.cancel()
-        return _PROMPT.sub("", said).removesuffix("pasted all\n")
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 def typed(body: str) -> list[str]:
