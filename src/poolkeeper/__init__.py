@@ -22,6 +22,7 @@ from .errors import (
     SelfDeadlockError,
     TooManyWaitersError,
     UnclosedManagerWarning,
+    hide_from_pytest,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ else:
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
+
+hide_from_pytest()
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, overload
 
@@ -25,9 +25,16 @@ from typing_extensions import TypeVar
 from . import _conninfo, _facts, _health, _lost_work
 from ._binding import beginning
 from ._classes import check_class
-from ._pool import BoundPool, CheckoutContext, State
+from ._pool import Block, BoundPool, CheckoutContext, State
 from ._where import Behalf, code_behind, coroutine_function, warn_user
-from .errors import ConfigError, DuplicatePoolWarning, UnclosedManagerWarning, see
+from .errors import (
+    ConfigError,
+    DuplicatePoolWarning,
+    PoolkeeperError,
+    UnclosedManagerWarning,
+    briefly,
+    see,
+)
 
 ACT_co = TypeVar(
     "ACT_co", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow], covariant=True
@@ -228,6 +235,7 @@ class PoolManager(Generic[ACT_co]):
         """
         return self._pool.diagnose()
 
+    @briefly
     async def check(self, timeout: float = 2.0) -> _facts.Health:
         """
         Find out whether a query can run now, for a readiness endpoint.
@@ -264,6 +272,7 @@ class PoolManager(Generic[ACT_co]):
 
     # --- open and close -------------------------------------------------------------------
 
+    @briefly
     async def open(
         self, *, wait: bool = True, timeout: float | None = None, caller: str | None = None
     ) -> None:
@@ -301,6 +310,7 @@ class PoolManager(Generic[ACT_co]):
         with beginning():
             _open_managers.add(self)
 
+    @briefly
     async def close(self, timeout: float | None = None) -> None:
         """
         Close the pool.
@@ -323,10 +333,12 @@ class PoolManager(Generic[ACT_co]):
         """
         await self._pool.close(self._close_timeout if timeout is None else timeout)
 
+    @briefly
     async def __aenter__(self) -> Self:
         await self.open()
         return self
 
+    @briefly
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -439,9 +451,12 @@ class PoolManager(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        frame = sys._getframe(1)
-        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame)
-        return _transaction(checkout, _level(isolation), read_only, deferrable)
+        try:
+            level = _level(isolation)
+        except ConfigError as ex:
+            raise ex.with_traceback(None)  # noqa: B904 - see briefly()
+        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, sys._getframe(1))
+        return Block(_transaction, checkout, level, read_only, deferrable)
 
     @overload
     def cursor(
@@ -481,7 +496,7 @@ class PoolManager(Generic[ACT_co]):
         """
         frame = sys._getframe(1)
         checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame)
-        return _cursor(checkout, row_factory, binary)
+        return Block(_cursor, checkout, row_factory, binary)
 
     # --- one statement, one round trip ------------------------------------------------------
 
@@ -629,16 +644,19 @@ async def _one_shot(
     row_factory: AsyncRowFactory[Any] | None,
     result: Callable[[AsyncCursor[Any]], Awaitable[T]],
 ) -> T:
-    async with checkout as conn:
-        if not conn.autocommit:
-            # For this checkout only: what comes back is made as it was.
-            await conn.set_autocommit(True)
-        cursor: AsyncCursor[Any] = (
-            conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
-        )
-        # psycopg takes a Template only without params, and says so.
-        await cursor.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        return await result(cursor)
+    try:
+        async with checkout as conn:
+            if not conn.autocommit:
+                # For this checkout only: what comes back is made as it was.
+                await conn.set_autocommit(True)
+            cursor: AsyncCursor[Any] = (
+                conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
+            )
+            # psycopg takes a Template only without params, and says so.
+            await cursor.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            return await result(cursor)
+    except (PoolkeeperError, psycopg.Error) as ex:
+        raise ex.with_traceback(None)  # noqa: B904 - see briefly()
 
 
 async def _rowcount(cursor: AsyncCursor[Any]) -> int:
@@ -653,14 +671,13 @@ async def _all_rows(cursor: AsyncCursor[Any]) -> list[Any]:
     return await cursor.fetchall() if cursor.description else []
 
 
-@asynccontextmanager
 async def _transaction(
     checkout: CheckoutContext[Any],
     isolation: IsolationLevel | None,
     read_only: bool | None,
     deferrable: bool | None,
 ) -> AsyncGenerator[Any]:
-    async with checkout.unused() as conn:
+    async with checkout as conn:
         if isolation is not None:
             await conn.set_isolation_level(isolation)
         if read_only is not None:
@@ -676,11 +693,10 @@ async def _transaction(
             _lost_work.warn_of_failed(conn._binding.name, conn._checkout)
 
 
-@asynccontextmanager
 async def _cursor(
     checkout: CheckoutContext[Any], row_factory: AsyncRowFactory[Any] | None, binary: bool
 ) -> AsyncGenerator[Any]:
-    async with checkout.unused() as conn:
+    async with checkout as conn:
         factory = row_factory or conn.row_factory
         async with conn.cursor(binary=binary, row_factory=factory) as cursor:
             yield cursor

@@ -16,8 +16,20 @@ import asyncio
 import sys
 import weakref
 from asyncio import _get_running_loop, current_task
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Iterable,
+)
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from contextvars import copy_context
 from enum import StrEnum
 from functools import partial, wraps
@@ -64,15 +76,18 @@ from .errors import (
     ConfigError,
     NotOpenError,
     OpenError,
+    PoolkeeperError,
     SelfDeadlockError,
     TooManyWaitersError,
     another,
+    briefly,
     see,
 )
 
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 P = ParamSpec("P")
 T = TypeVar("T")
+Returned = TypeVar("Returned")
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
 
 IDLE = pq.TransactionStatus.IDLE
@@ -345,6 +360,7 @@ class BoundPool(_compat.TellingPool[ACT]):
     # --- opening --------------------------------------------------------------------------
 
     @override
+    @briefly
     async def open(
         self, wait: bool = False, timeout: float = 30.0, *, caller: str | None = None
     ) -> None:
@@ -375,6 +391,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             self._wanted = True
 
     @override
+    @briefly
     async def wait(self, timeout: float = 30.0) -> None:
         """
         Wait until there are `min_size` connections. May be called by several tasks, and again.
@@ -737,9 +754,12 @@ class BoundPool(_compat.TellingPool[ACT]):
         return self._getconn(timeout, frame, frame.f_lineno)
 
     async def _getconn(self, timeout: float | None, frame: FrameType, lineno: int) -> ACT:
-        conn: Any = self.take(frame, lineno, False)
-        if conn is None:
-            conn = await self.wait_for_connection(timeout, frame, lineno, False)
+        try:
+            conn: Any = self.take(frame, lineno, False)
+            if conn is None:
+                conn = await self.wait_for_connection(timeout, frame, lineno, False)
+        except PoolkeeperError as ex:
+            raise ex.with_traceback(None)  # noqa: B904 - see briefly()
         return cast(ACT, conn)
 
     def take(self, frame: FrameType | Behalf, lineno: int, structured: bool) -> Any:
@@ -1157,6 +1177,7 @@ class BoundPool(_compat.TellingPool[ACT]):
     # --- release --------------------------------------------------------------------------
 
     @override
+    @briefly
     async def putconn(self, conn: ACT) -> None:
         """
         Give *conn* back. It refuses every use from here on.
@@ -1409,6 +1430,7 @@ class BoundPool(_compat.TellingPool[ACT]):
     # --- closing --------------------------------------------------------------------------
 
     @override
+    @briefly
     async def close(self, timeout: float = 5.0) -> None:
         """
         Close the pool: refuse new work, let what runs finish, then end it.
@@ -1709,6 +1731,7 @@ class BoundPool(_compat.TellingPool[ACT]):
         )
 
     @override
+    @briefly
     async def resize(self, min_size: int, max_size: int | None = None) -> None:
         """
         Change `min_size` and `max_size`; for this life, not for one after `close()`.
@@ -1738,6 +1761,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             _compat.note_idle_low(self, len(self._idle))
 
     @override
+    @briefly
     async def drain(self) -> None:
         """Replace every connection: idle ones now, the others when they come back."""
         self._check_usable("drain it")
@@ -1746,6 +1770,7 @@ class BoundPool(_compat.TellingPool[ACT]):
             _compat.replace_lost(self)
 
     @override
+    @briefly
     async def check(self) -> None:
         """Test the idle connections and replace those that do not work."""
         self._check_usable("check it")
@@ -1794,29 +1819,24 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         self, function: Callable[P, Coroutine[Any, Any, T]]
     ) -> Callable[P, Coroutine[Any, Any, T]]:
         """Return *function* with a block, and so a connection, of its own around each call."""
-        pool, timeout, code = self._pool, self._timeout, code_behind(function)
-        self._frame = None  # a frame keeps all its variables alive
+        again = self.for_calls_of(function)
 
         @wraps(function)
         async def in_block(*args: P.args, **kwargs: P.kwargs) -> T:
-            frame = sys._getframe()
-            place = Behalf(code, frame) if code else frame
-            async with CheckoutContext(pool, timeout, place, True):
+            async with again(sys._getframe()):
                 return await function(*args, **kwargs)
 
         return in_block
 
-    def unused(self) -> CheckoutContext[ACT]:
-        """
-        Return this if it was not entered yet, else one like it.
-
-        contextlib runs a generator anew for each call of a function that it decorates.
-        """
-        code = self._frame
-        if not isinstance(code, Code):
-            return self
-        place = Behalf(code, sys._getframe(1), self._lineno)
-        return CheckoutContext(self._pool, self._timeout, place, self._enclosed)
+    def for_calls_of(
+        self, function: Callable[..., object]
+    ) -> Callable[[FrameType], CheckoutContext[ACT]]:
+        """Return what makes one like this, for *function*, which the frame calls."""
+        pool, timeout, code = self._pool, self._timeout, code_behind(function)
+        self._frame = None  # a frame keeps all its variables alive
+        return lambda frame: CheckoutContext(
+            pool, timeout, Behalf(code, frame) if code else frame, True
+        )
 
     @override
     async def __aenter__(self) -> ACT:
@@ -1826,9 +1846,14 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
         if not structured:
             entering = sys._getframe(1)
             structured = entering is frame or not _by_exit_stack(entering)
-        conn = pool.take(frame, self._lineno, structured)
-        if conn is None:
-            conn = await pool.wait_for_connection(self._timeout, frame, self._lineno, structured)
+        try:
+            conn = pool.take(frame, self._lineno, structured)
+            if conn is None:
+                conn = await pool.wait_for_connection(
+                    self._timeout, frame, self._lineno, structured
+                )
+        except PoolkeeperError as ex:
+            raise ex.with_traceback(None)  # noqa: B904 - see briefly()
         self._conn: Any = conn
         return conn  # type: ignore[no-any-return]
 
@@ -1874,10 +1899,71 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                     _lost_work.raise_if_lost(conn)
                 elif exc_type is None and failed:
                     _lost_work.warn_of_failed(pool.name, conn._checkout)
+        except PoolkeeperError as ex:
+            raise ex if ex is exc else ex.with_traceback(None)  # noqa: B904 - see briefly()
         finally:
             unlocking = pool.release(conn, roll_back)
             if unlocking is not None:
                 await asyncio.shield(unlocking)
+
+
+class Block(AbstractAsyncContextManager[T]):
+    """
+    What runs a generator around a block, on a connection of its own; can decorate a function.
+
+    As contextlib's, but a function that it decorates is named as the one that acquires, and the
+    traceback of an error of ours ends at the line of the block.
+
+    Args:
+        generator: Yields once, with the connection of the checkout that is its first argument.
+        checkout: That.
+        arguments: The others.
+    """
+
+    __slots__ = ("_arguments", "_checkout", "_generator", "_running")
+
+    def __init__(
+        self,
+        generator: Callable[..., AsyncGenerator[T]],
+        checkout: CheckoutContext[Any],
+        *arguments: object,
+    ) -> None:
+        self._generator = generator
+        self._checkout = checkout
+        self._arguments = arguments
+
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, Returned]]
+    ) -> Callable[P, Coroutine[Any, Any, Returned]]:
+        """Return *function* with such a block of its own around each call."""
+        again = self._checkout.for_calls_of(function)
+
+        @wraps(function)
+        async def in_block(*args: P.args, **kwargs: P.kwargs) -> Returned:
+            async with Block(self._generator, again(sys._getframe()), *self._arguments):
+                return await function(*args, **kwargs)
+
+        return in_block
+
+    @override
+    async def __aenter__(self) -> T:
+        self._running = asynccontextmanager(self._generator)(self._checkout, *self._arguments)
+        try:
+            return await self._running.__aenter__()
+        except PoolkeeperError as ex:
+            raise ex.with_traceback(None)  # noqa: B904 - see briefly()
+
+    @override
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        try:
+            return await self._running.__aexit__(exc_type, exc, traceback)
+        except PoolkeeperError as ex:
+            raise ex if ex is exc else ex.with_traceback(None)  # noqa: B904 - see briefly()
 
 
 async def _end_query(conn: BoundConnection) -> None:
@@ -1925,6 +2011,7 @@ async def _request_cancel(session: Session) -> None:
             await handle.request_cancel(CANCEL_GRACE)
 
 
+_ENTERS_BLOCK = cast(Any, Block).__aenter__.__code__
 _ENTERS_STACK = AsyncExitStack.enter_async_context.__code__
 
 
@@ -1933,7 +2020,10 @@ def _by_exit_stack(entering: FrameType) -> bool:
     driver = entering.f_back
     if driver is not None and driver.f_globals.get("__name__") == "contextlib":
         # transaction(), cursor() or the like: contextlib runs their generator.
-        return driver.f_back is not None and driver.f_back.f_code is _ENTERS_STACK
+        outside = driver.f_back
+        if outside is not None and outside.f_code is _ENTERS_BLOCK:
+            outside = outside.f_back
+        return outside is not None and outside.f_code is _ENTERS_STACK
     return entering.f_code is _ENTERS_STACK
 
 

@@ -8,9 +8,11 @@ existing code already catches for the same trouble.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import psycopg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _Error = TypeVar("_Error", bound=BaseException)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 DOCS = "https://poolkeeper.readthedocs.io"
 """Where the pages are read; messages and the command line have it from here."""
@@ -86,6 +89,40 @@ class PoolkeeperError(Exception):
         if self.hint:
             lines.append(f"HINT:  {self.hint}")
         return "\n".join(lines)
+
+
+def briefly(method: _Method) -> _Method:
+    """
+    Let the traceback of an error of ours end at the line that has called *method*, and here.
+
+    What lies between is of no use to whoever reads it, and would be most of what there is to read.
+    """
+
+    @wraps(method)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except PoolkeeperError as ex:
+            raise ex.with_traceback(None)  # noqa: B904 - it is the same
+
+    return cast(_Method, call)
+
+
+def hide_from_pytest() -> None:
+    """
+    Let pytest leave out of a traceback what lies in our modules, as many as are loaded.
+
+    It looks for ``__tracebackhide__`` among the names of a module, too.
+    """
+    package = __name__.partition(".")[0]
+    for name, module in sys.modules.copy().items():
+        if name.startswith(package) and name.partition(".")[0] == package:
+            vars(module)["__tracebackhide__"] = _says_itself
+
+
+def _says_itself(excinfo: Any) -> bool:
+    """Tell whether the error says itself what is wrong: not where the fault may be ours."""
+    return isinstance(getattr(excinfo, "value", None), PoolkeeperError | psycopg.Error)
 
 
 def another(error: _Error) -> _Error:

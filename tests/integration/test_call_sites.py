@@ -200,8 +200,8 @@ async def test_blocks_of_other_kinds_decorate_too(db: PoolManager[Any], how: str
     async with asyncio.timeout(10):
         while db.snapshot().in_use < 2:
             await asyncio.sleep(0.001)
-    decorator = inspect.unwrap(work).__code__.co_firstlineno
-    assert {row.site for row in db.snapshot().checkouts} == {f"{HERE}:{decorator}"}
+    line = inspect.unwrap(work).__code__.co_firstlineno + 1
+    assert {row.asker for row in db.snapshot().checkouts} == {f"{HERE}:{line} in work"}
     go_on.set()
     assert await asyncio.gather(*tasks) == [1, 2]
     assert await work(6) == 7

@@ -33,7 +33,7 @@ from poolkeeper._where import Behalf, Handler
 from poolkeeper._where import call_site as call_site
 from poolkeeper._where import code_behind as code_behind
 from poolkeeper._where import program_frame as program_frame
-from poolkeeper.errors import see
+from poolkeeper.errors import hide_from_pytest, see
 
 KEY = "poolkeeper"
 """Where an application keeps its manager, unless told otherwise."""
@@ -96,6 +96,7 @@ class Span:
     def __init__(self, manager: PoolManager[Any], site: str | None = None) -> None:
         self.manager = manager
         self._site = site or call_site()
+        hide_from_pytest()  # the adapter is loaded by now
         self._life: weakref.WeakSet[Span] | None = None
 
     async def start(self) -> None:
@@ -250,7 +251,10 @@ class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):
         for held in self._held:
             if held._manager is self._manager and held._is_of(task):
                 return held._conn
-        self._conn = await self._checkout.__aenter__()
+        try:
+            self._conn = await self._checkout.__aenter__()
+        except PoolkeeperError as ex:
+            raise ex.with_traceback(None)  # noqa: B904 - see briefly()
         self._task = task
         self._held.append(self)
         return self._conn
