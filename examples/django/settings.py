@@ -9,4 +9,5 @@ ASGI_APPLICATION = "examples.django.app.app"
 MIDDLEWARE = [
     "django.middleware.common.CommonMiddleware",
     "examples.django.views.RefusedMiddleware",
+    "examples.django.middleware.Exhausted",
 ]

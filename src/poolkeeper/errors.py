@@ -28,6 +28,7 @@ __all__ = [
     "LoopMismatchError",
     "LostWorkError",
     "MissingDependencyError",
+    "NoConnectionError",
     "NotOpenError",
     "OpenError",
     "PoolkeeperError",
@@ -172,7 +173,15 @@ class OpenError(PoolkeeperError, PoolTimeout):
     """Why, for strangers: what kind of reason it is, without host, port, user or database."""
 
 
-class AcquireTimeout(PoolkeeperError, PoolTimeout):
+class NoConnectionError(PoolkeeperError):
+    """
+    No connection could be had, now: `AcquireTimeout` or `TooManyWaitersError`.
+
+    What a web application answers with 503; the adapters have a handler for it, ``exhausted``.
+    """
+
+
+class AcquireTimeout(NoConnectionError, PoolTimeout):
     """No connection became free in time; ``__cause__`` is the last connect failure, if any."""
 
     detail: str | None
@@ -251,7 +260,7 @@ class SelfDeadlockError(AcquireTimeout):
     """
 
 
-class TooManyWaitersError(PoolkeeperError, TooManyRequests):
+class TooManyWaitersError(NoConnectionError, TooManyRequests):
     """``max_waiting`` tasks are waiting for a connection already."""
 
 

@@ -404,6 +404,23 @@ class Conformance:
         assert line.startswith(("async def order(", "async with connection_from("))
         assert f" at {asker}, held " in str(caught.value)
 
+    async def test_where_no_connection_can_be_had_the_answer_is_503_and_when_to_come_again(
+        self, store: str
+    ) -> None:
+        """In time as well as when the line is full, and without a word of why."""
+        db = PoolManager(store, min_size=1, max_size=1, name="orders", timeout=0.5, max_waiting=1)
+        async with self.framework.served(self.framework.build(Probe(db))) as http:
+            async with db.connection():
+                answers = await asyncio.gather(*(http.get("/value") for _ in range(3)))
+            assert (await http.get("/value")).text == "(1,)"
+        for answer in answers:
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "5"
+            assert answer.headers["cache-control"] == "no-store"
+            assert answer.headers["content-type"].startswith("application/json")
+            assert answer.json() == {"detail": "Service Unavailable"}
+        assert db.snapshot().load.gave_up == 1
+
     # --- streams --------------------------------------------------------------------------------
 
     async def test_a_stream_takes_a_connection_for_each_piece_of_work(self, http: Any) -> None:

@@ -13,7 +13,15 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 from poolkeeper import NotOpenError, PoolManager
-from poolkeeper.adapters.aiohttp import KEY, connection_from, livez, pool_from, readyz, setup
+from poolkeeper.adapters.aiohttp import (
+    KEY,
+    connection_from,
+    exhausted,
+    livez,
+    pool_from,
+    readyz,
+    setup,
+)
 
 from .conformance import Conformance, Framework, Probe, until
 from .servers import Command, Served
@@ -95,7 +103,7 @@ class OnAiohttp(Framework):
             yield
             await probe.shutdown()
 
-        app = web.Application()
+        app = web.Application(middlewares=[exhausted])
         app.add_routes(routes(probe))
         setup(app, probe.db)
         app.cleanup_ctx.append(own)

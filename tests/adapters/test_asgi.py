@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from poolkeeper import NotOpenError, OpenError, PoolManager
 from poolkeeper.adapters import fastapi, starlette
-from poolkeeper.adapters.asgi import KEY, LifespanMiddleware, connection_from, pool_from
+from poolkeeper.adapters.asgi import KEY, LifespanMiddleware, connection_from, exhausted, pool_from
 from poolkeeper.errors import see
 
 from .conformance import ADAPTERS, Conformance, Framework, Probe, client, until
@@ -117,7 +117,7 @@ class OnASGI(Framework):
             except Conflict:
                 await answer(send, "no", 409)
 
-        return LifespanMiddleware(app, probe.db, livez="/livez", readyz="/readyz")
+        return LifespanMiddleware(exhausted(app), probe.db, livez="/livez", readyz="/readyz")
 
 
 class TestASGI(Conformance):

@@ -27,10 +27,11 @@ from blacksheep.server.controllers import Controller, RoutesRegistry
 from blacksheep.server.responses import text as answer
 from blacksheep.testing import JSONContent, TestClient
 
-from poolkeeper import PoolManager
+from poolkeeper import NoConnectionError, PoolManager
 from poolkeeper.adapters.blacksheep import (
     DepConnection,
     connection_from,
+    exhausted,
     livez,
     pool_from,
     readyz,
@@ -62,6 +63,7 @@ class OnBlackSheep(Framework):
         app = application()
         app.on_start += probe.startup
         use_pool(app, probe.db)
+        app.exceptions_handlers[NoConnectionError] = exhausted
         app.on_stop += probe.shutdown
         app.router.add_get("/livez", livez)
         app.router.add_get("/readyz", readyz)

@@ -52,6 +52,7 @@ def environment() -> Iterator[None]:
         MIDDLEWARE=[
             "django.middleware.common.CommonMiddleware",
             f"{__name__}.ConflictMiddleware",
+            "examples.django.middleware.Exhausted",
         ],
     ):
         yield

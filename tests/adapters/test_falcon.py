@@ -14,10 +14,11 @@ import pytest
 from falcon.asgi import Request, Response, WebSocket
 from falcon.testing import ASGIConductor, TestClient, create_asgi_req
 
-from poolkeeper import NotOpenError, PoolManager
+from poolkeeper import NoConnectionError, NotOpenError, PoolManager
 from poolkeeper.adapters.falcon import (
     PoolMiddleware,
     connection_from,
+    exhausted,
     livez,
     pool_from,
     readyz,
@@ -115,6 +116,7 @@ class OnFalcon(Framework):
 
     def build(self, probe: Probe) -> Any:
         app = falcon.asgi.App(middleware=[PoolMiddleware(probe.db), Own(probe)])
+        app.add_error_handler(NoConnectionError, exhausted)
         app.add_route("/value", Value(probe))
         app.add_route("/orders/{number}", Order(probe))
         app.add_route("/unasked", Unasked(probe))

@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from poolkeeper import (
     LoopMismatchError,
+    NoConnectionError,
     NotOpenError,
     PoolManager,
     ReleasedConnectionError,
@@ -36,6 +37,7 @@ from poolkeeper.adapters.fastapi import (
     DepPool,
     connection,
     connection_from,
+    exhausted,
     lifespan,
     livez,
     readyz,
@@ -64,6 +66,7 @@ class OnFastAPI(Framework):
         app = FastAPI(lifespan=lifespan(probe.db, own), default_response_class=PlainTextResponse)
         app.add_route("/livez", livez)
         app.add_route("/readyz", readyz)
+        app.add_exception_handler(NoConnectionError, exhausted)
 
         @app.get("/value")
         async def value(conn: DepConnection) -> str:

@@ -34,12 +34,13 @@ from litestar.response import Stream
 from litestar.testing import AsyncTestClient, TestClient
 from psycopg import AsyncConnection
 
-from poolkeeper import PoolManager
+from poolkeeper import NoConnectionError, PoolManager
 from poolkeeper.adapters.litestar import (
     DepConnection,
     DepPool,
     PoolPlugin,
     connection_from,
+    exhausted,
     livez,
     pool_from,
     readyz,
@@ -121,6 +122,7 @@ class OnLitestar(Framework):
             ],
             plugins=[PoolPlugin(probe.db)],
             lifespan=[own],
+            exception_handlers={NoConnectionError: exhausted},
         )  # fmt: skip
 
     @asynccontextmanager

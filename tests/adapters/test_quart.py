@@ -12,8 +12,8 @@ import pytest
 from quart import Blueprint, Quart, abort, current_app, request, websocket
 from quart.testing.app import LifespanError
 
-from poolkeeper import NotOpenError, PoolManager
-from poolkeeper.adapters.quart import connection_from, init_app, livez, pool_from, readyz
+from poolkeeper import NoConnectionError, NotOpenError, PoolManager
+from poolkeeper.adapters.quart import connection_from, exhausted, init_app, livez, pool_from, readyz
 
 from .conformance import Conformance, Framework, Probe, client, until
 from .servers import SERVERS, Served
@@ -29,6 +29,7 @@ class OnQuart(Framework):
     def build(self, probe: Probe) -> Any:
         app = Quart(__name__)
         init_app(app, probe.db)
+        app.register_error_handler(NoConnectionError, exhausted)
         app.before_serving(probe.startup)
         app.after_serving(probe.shutdown)
         app.add_url_rule("/livez", view_func=livez)

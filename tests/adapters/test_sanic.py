@@ -19,8 +19,8 @@ from sanic.exceptions import SanicException
 from sanic.response import ResponseStream
 from websockets.asyncio.client import connect
 
-from poolkeeper import NotOpenError, PoolManager
-from poolkeeper.adapters.sanic import connection_from, livez, pool_from, readyz, setup
+from poolkeeper import NoConnectionError, NotOpenError, PoolManager
+from poolkeeper.adapters.sanic import connection_from, exhausted, livez, pool_from, readyz, setup
 from poolkeeper.errors import see
 
 from .conformance import Conformance, Framework, Probe, client, until
@@ -130,6 +130,7 @@ class OnSanic(Framework):
             await probe.shutdown()
 
         setup(app, probe.db)
+        app.error_handler.add(NoConnectionError, exhausted)
         app.add_route(livez, "/livez")
         app.add_route(readyz, "/readyz")
         return app

@@ -29,11 +29,19 @@ from poolkeeper import (
     AcquireTimeout,
     ClosedError,
     LoopMismatchError,
+    NoConnectionError,
     NotOpenError,
     OpenError,
     PoolManager,
 )
-from poolkeeper.adapters.starlette import connection_from, lifespan, livez, pool_from, readyz
+from poolkeeper.adapters.starlette import (
+    connection_from,
+    exhausted,
+    lifespan,
+    livez,
+    pool_from,
+    readyz,
+)
 from poolkeeper.errors import see
 
 from .conformance import Conformance, Framework, Probe, client, until
@@ -109,6 +117,7 @@ class OnStarlette(Framework):
                 Route("/readyz", readyz),
             ],
             lifespan=lifespan(probe.db, own),
+            exception_handlers={NoConnectionError: exhausted},
         )
 
 

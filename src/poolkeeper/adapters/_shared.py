@@ -301,6 +301,20 @@ def alive() -> Answer:
     return Answer.of(200, status="alive")
 
 
+RETRY_AFTER = 5
+"""Seconds after which a client that was turned away may come again."""
+
+
+def busy() -> Answer:
+    """
+    Answer a request for which there was no connection.
+
+    Anybody may ask: why there was none is in the log.
+    """
+    answer = Answer.of(503, detail="Service Unavailable")
+    return answer._replace(headers={**answer.headers, "retry-after": str(RETRY_AFTER)})
+
+
 async def ready(
     find: Callable[[], PoolManager[Any] | Awaitable[PoolManager[Any]]],
     timeout: float = 2.0,

@@ -20,14 +20,24 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from poolkeeper import PoolManager
+from poolkeeper import NoConnectionError, PoolManager
 
-from ._shared import Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
+from ._shared import Answer, RequestConnection, Route, Span, alive, busy, pool_in, ready, requires
 
 with requires("aiohttp"):
     from aiohttp import web
+    from aiohttp.typedefs import Handler
 
-__all__ = ["KEY", "connection_from", "livez", "pool_from", "readyz", "readyz_details", "setup"]
+__all__ = [
+    "KEY",
+    "connection_from",
+    "exhausted",
+    "livez",
+    "pool_from",
+    "readyz",
+    "readyz_details",
+    "setup",
+]
 
 KEY: web.AppKey[PoolManager[Any]] = web.AppKey("poolkeeper", PoolManager)
 """Where an application keeps its manager, unless told otherwise."""
@@ -166,6 +176,22 @@ def connection_from(
 def _route(request: web.Request) -> Route:
     resource = request.match_info.route.resource
     return None if resource is None else (request.method, resource.canonical)
+
+
+@web.middleware
+async def exhausted(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    A middleware, for ``web.Application(middlewares=[exhausted])``. Says nothing of why; that is in
+    the log.
+
+    .. versionadded:: 0.1.0
+    """
+    try:
+        return await handler(request)
+    except NoConnectionError:
+        return _response(busy())
 
 
 async def livez(request: web.Request) -> web.Response:  # noqa: ARG001

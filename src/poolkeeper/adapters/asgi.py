@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, cast
 
 from psycopg import AsyncConnection
 
-from poolkeeper import PoolManager
+from poolkeeper import NoConnectionError, PoolManager
 from poolkeeper._log import log
 
 from ._shared import (
@@ -34,12 +34,13 @@ from ._shared import (
     State,
     alive,
     asgi_route,
+    busy,
     lifespan,
     pool_in,
     ready,
 )
 
-__all__ = ["KEY", "LifespanMiddleware", "connection_from", "pool_from"]
+__all__ = ["KEY", "LifespanMiddleware", "connection_from", "exhausted", "pool_from"]
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -59,6 +60,35 @@ NO_SCOPE = (
     ' server ("manage.py runserver" is one, without daphne), run each async view on an event loop'
     " of its own, where no pool can stay open: use AsyncClient, and an ASGI server."
 )
+
+
+def exhausted(app: Application) -> Application:
+    """
+    Return *app* with an answer of 503, with ``Retry-After``, where no connection could be had.
+
+    Where it raises `NoConnectionError` before it has begun to answer, that is. Put it directly
+    around the application, and `LifespanMiddleware` around both. Says nothing of why; that is in
+    the log.
+
+    .. versionadded:: 0.1.0
+    """
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        begun = scope["type"] != "http"
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await app(scope, receive, watched)
+        except NoConnectionError:
+            if begun:
+                raise
+            await _respond(scope, send, busy())
+
+    return answering
 
 
 class LifespanMiddleware:

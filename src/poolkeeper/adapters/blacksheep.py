@@ -25,7 +25,18 @@ from typing_extensions import override
 
 from poolkeeper import PoolkeeperError, PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
+from ._shared import (
+    KEY,
+    Answer,
+    RequestConnection,
+    Route,
+    Span,
+    alive,
+    busy,
+    pool_in,
+    ready,
+    requires,
+)
 
 with requires("blacksheep"):
     from blacksheep import Application, Content, Request, Response
@@ -35,6 +46,7 @@ __all__ = [
     "KEY",
     "DepConnection",
     "connection_from",
+    "exhausted",
     "livez",
     "pool_from",
     "readyz",
@@ -231,6 +243,18 @@ def connection_from(
     """
     scope, manager = _scope(request), pool_from(request, key)
     return RequestConnection(scope, manager, sys._getframe(1), _route(request))
+
+
+async def exhausted(app: Application, request: Request, exc: Exception) -> Response:  # noqa: ARG001
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    For ``app.exceptions_handlers[NoConnectionError] = exhausted``.
+    Says nothing of why; that is in the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(busy())
 
 
 async def livez(request: Request) -> Response:  # noqa: ARG001

@@ -24,7 +24,7 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Span, alive, pool_in, ready, requires
+from ._shared import KEY, Answer, RequestConnection, Span, alive, busy, pool_in, ready, requires
 
 with requires("falcon"):
     from falcon.asgi import Request, Response, WebSocket
@@ -33,6 +33,7 @@ __all__ = [
     "KEY",
     "PoolMiddleware",
     "connection_from",
+    "exhausted",
     "livez",
     "pool_from",
     "readyz",
@@ -145,6 +146,18 @@ def connection_from(
     path = req.uri_template
     route = (req.scope.get("method", "WEBSOCKET"), path) if path else None
     return RequestConnection(req.scope, pool_from(req, key), sys._getframe(1), route)
+
+
+async def exhausted(req: Request, resp: Response, ex: Exception, params: Any) -> None:  # noqa: ARG001
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    For ``app.add_error_handler(NoConnectionError, exhausted)``.
+    Says nothing of why; that is in the log.
+
+    .. versionadded:: 0.1.0
+    """
+    _give(resp, busy())
 
 
 class _Livez:

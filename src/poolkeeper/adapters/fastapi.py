@@ -29,7 +29,7 @@ with requires("fastapi"):
     from fastapi.requests import HTTPConnection
 
 from . import starlette
-from .starlette import connection_from, livez, readyz, readyz_details
+from .starlette import connection_from, exhausted, livez, readyz, readyz_details
 
 __all__ = [
     "KEY",
@@ -37,6 +37,7 @@ __all__ = [
     "DepPool",
     "connection",
     "connection_from",
+    "exhausted",
     "lifespan",
     "livez",
     "pool",

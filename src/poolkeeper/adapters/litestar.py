@@ -29,6 +29,7 @@ from ._shared import (
     Route,
     Span,
     alive,
+    busy,
     call_site,
     pool_in,
     ready,
@@ -49,6 +50,7 @@ __all__ = [
     "DepPool",
     "PoolPlugin",
     "connection_from",
+    "exhausted",
     "livez",
     "pool_from",
     "readyz",
@@ -216,6 +218,18 @@ def connection_from(
     scope = connection.scope
     manager = _pool_in(scope, key)
     return RequestConnection(_as_dict(scope), manager, sys._getframe(1), _route(scope))
+
+
+def exhausted(request: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:  # noqa: ARG001
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    For ``Litestar(..., exception_handlers={NoConnectionError: exhausted})``.
+    Says nothing of why; that is in the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(busy())
 
 
 @get("/livez", include_in_schema=False)

@@ -23,7 +23,18 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
+from ._shared import (
+    KEY,
+    Answer,
+    RequestConnection,
+    Route,
+    Span,
+    alive,
+    busy,
+    pool_in,
+    ready,
+    requires,
+)
 
 with requires("quart"):
     from quart import (
@@ -37,7 +48,16 @@ with requires("quart"):
         websocket,
     )
 
-__all__ = ["KEY", "connection_from", "init_app", "livez", "pool_from", "readyz", "readyz_details"]
+__all__ = [
+    "KEY",
+    "connection_from",
+    "exhausted",
+    "init_app",
+    "livez",
+    "pool_from",
+    "readyz",
+    "readyz_details",
+]
 
 NO_STARTUP = (
     "Call init_app(app, manager). In tests enter the application, say"
@@ -154,6 +174,18 @@ def _route() -> Route:
     if served is None or rule is None:
         return None
     return (served.method if served is request else "WEBSOCKET", rule.rule)
+
+
+async def exhausted(error: Exception) -> Response:  # noqa: ARG001
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    For ``app.register_error_handler(NoConnectionError, exhausted)``.
+    Says nothing of why; that is in the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(busy())
 
 
 async def livez() -> Response:

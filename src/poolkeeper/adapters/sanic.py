@@ -24,12 +24,32 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Route, Span, alive, pool_in, ready, requires
+from ._shared import (
+    KEY,
+    Answer,
+    RequestConnection,
+    Route,
+    Span,
+    alive,
+    busy,
+    pool_in,
+    ready,
+    requires,
+)
 
 with requires("sanic"):
     from sanic import HTTPResponse, Request, Sanic
 
-__all__ = ["KEY", "connection_from", "livez", "pool_from", "readyz", "readyz_details", "setup"]
+__all__ = [
+    "KEY",
+    "connection_from",
+    "exhausted",
+    "livez",
+    "pool_from",
+    "readyz",
+    "readyz_details",
+    "setup",
+]
 
 NO_START_UP = (
     "Give the application a pool with setup(app, manager), and let its listeners run: Sanic's own"
@@ -165,6 +185,18 @@ def connection_from(
 def _route(request: Request[Any, Any]) -> Route:
     path = request.uri_template
     return (request.method, path) if path else None
+
+
+async def exhausted(request: Request[Any, Any], exc: Exception) -> HTTPResponse:  # noqa: ARG001
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    For ``app.error_handler.add(NoConnectionError, exhausted)``.
+    Says nothing of why; that is in the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(busy())
 
 
 async def livez(request: Request[Any, Any]) -> HTTPResponse:  # noqa: ARG001

@@ -27,6 +27,7 @@ from ._shared import (
     RequestConnection,
     alive,
     asgi_route,
+    busy,
     lifespan,
     pool_in,
     ready,
@@ -37,7 +38,16 @@ with requires("starlette"):
     from starlette.requests import HTTPConnection, Request
     from starlette.responses import Response
 
-__all__ = ["KEY", "connection_from", "lifespan", "livez", "pool_from", "readyz", "readyz_details"]
+__all__ = [
+    "KEY",
+    "connection_from",
+    "exhausted",
+    "lifespan",
+    "livez",
+    "pool_from",
+    "readyz",
+    "readyz_details",
+]
 
 NO_LIFESPAN = (
     "Give the application lifespan=lifespan(manager). In tests enter the client:"
@@ -83,6 +93,18 @@ def connection_from(
     """
     scope = connection.scope
     return RequestConnection(scope, pool_from(connection, key), sys._getframe(1), asgi_route(scope))
+
+
+async def exhausted(request: Request, exc: Exception) -> Response:  # noqa: ARG001
+    """
+    Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
+
+    For ``app.add_exception_handler(NoConnectionError, exhausted)``.
+    Says nothing of why; that is in the log.
+
+    .. versionadded:: 0.1.0
+    """
+    return _response(busy())
 
 
 async def livez(request: Request) -> Response:  # noqa: ARG001
