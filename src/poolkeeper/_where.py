@@ -103,20 +103,9 @@ def describe_loop(loop: asyncio.AbstractEventLoop | None) -> str:
 
 
 def call_site() -> str:
-    """Return ``file:line`` of `_user_frame()`."""
-    frame = _user_frame(sys._getframe(1))
+    """Return ``file:line`` of `program_frame()`."""
+    frame = program_frame(sys._getframe(1))
     return site(frame.f_code, frame.f_lineno)
-
-
-def _user_frame(innermost: FrameType) -> FrameType:
-    """Return the innermost frame, from that one on, outside of poolkeeper and its ground."""
-    frame: FrameType | None = innermost
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] not in _INTERNAL:
-            return frame
-        frame = frame.f_back
-    return innermost
 
 
 _THE_LOOP = frozenset({"asyncio.base_events", "asyncio.events", "asyncio.runners"})
@@ -124,17 +113,17 @@ _THE_LOOP = frozenset({"asyncio.base_events", "asyncio.events", "asyncio.runners
 
 def program_frame(innermost: FrameType, *libraries: str) -> FrameType:
     """
-    Return the innermost frame of the program's own code, among those of the running task.
+    Return the innermost frame of the program's own code.
 
     Where the program itself is installed as a package, that is the innermost one that is neither
-    ours nor of *libraries*.
+    ours nor of *libraries*. Who runs the event loop is asked only if its task is all ours.
     """
     frame: FrameType | None = innermost
     first: FrameType | None = None
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module in _THE_LOOP:
-            break  # who runs it asks for nothing
+        if first is not None and module in _THE_LOOP:
+            break
         package = module.partition(".")[0]
         if package not in _INTERNAL and package not in libraries:
             if not _is_installed(frame.f_code.co_filename):
@@ -155,7 +144,7 @@ def warn_user(message: str, category: type[Warning], caller: str | None = None) 
         file, _, line = caller.rpartition(":")
         warnings.warn_explicit(message, category, file, int(line) if line.isdecimal() else 1)
         return
-    frame = _user_frame(sys._getframe(1))
+    frame = program_frame(sys._getframe(1))
     warnings.warn_explicit(
         message,
         category,
