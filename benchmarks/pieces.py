@@ -11,14 +11,16 @@ import argparse
 import asyncio
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, _block
+from poolkeeper._acquiring import take
+from poolkeeper._block import CheckoutContext
 from poolkeeper._checkouts import Checkout
 from poolkeeper._embedded import EmbeddedServer
-from poolkeeper._pool import CheckoutContext
 
 ROUNDS, CALLS = 11, 5_000
 
@@ -46,17 +48,15 @@ async def entered(context: Callable[[], Any]) -> float:
     return best / CALLS * 1e6
 
 
-class Nothing:
-    """A pool that hands out one connection and takes it back without a thought."""
-
-    def __init__(self, conn: Any) -> None:
-        self.conn = conn
-
-    def take(self, *_: object) -> Any:
-        return self.conn
-
-    def release(self, *_: object) -> None:
-        return None
+@contextmanager
+def nothing_inside(conn: Any) -> Iterator[None]:
+    """Let a block get *conn*, and give it back, without a thought."""
+    was = _block.take, _block.release
+    _block.take, _block.release = lambda *_: conn, lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _block.take, _block.release = was
 
 
 async def pieces(dsn: str) -> list[tuple[str, float]]:
@@ -66,14 +66,10 @@ async def pieces(dsn: str) -> list[tuple[str, float]]:
     pool: Any = db.pool
     frame = sys._getframe()
     found = [("the whole block", await entered(db.connection))]
-    conn = pool.take(frame, 1, True)
-    nothing: Any = Nothing(conn)
-    found.append(
-        (
-            "context object and its two coroutines",
-            await entered(lambda: CheckoutContext(nothing, None, sys._getframe())),
-        )
-    )
+    conn = take(pool.life, frame, 1, True)
+    with nothing_inside(conn):
+        alone = await entered(lambda: CheckoutContext(pool, None, sys._getframe()))
+    found.append(("context object and its two coroutines", alone))
     session = conn._session
     handle = conn
 
@@ -88,7 +84,7 @@ async def pieces(dsn: str) -> list[tuple[str, float]]:
         ("a look at the socket", timed(session.is_quiet)),
         ("which task this is", timed(asyncio.current_task)),
         ("the record of a checkout", timed(lambda: Checkout(session, task, code, 1, True, 0.0))),
-        ("which loop this is", timed(pool._binding.is_here)),
+        ("which loop this is", timed(pool.life.binding.is_here)),
         (
             "the reported parameters (only after a query)",
             timed(lambda: session.parameters_unchanged),

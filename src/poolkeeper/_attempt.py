@@ -22,47 +22,38 @@ from typing import Any
 import psycopg
 
 from . import _conninfo
+from ._between import Step
 from ._where import code_behind, site
 from ._words import at_login, class_name, each_host, in_words, quotes_unknown, raised_by
-from .errors import PoolkeeperError
+from .errors import ConfigError, PoolkeeperError
 
 SERVER = "waiting for the server"
 
 
-class Attempt:
+class Attempt(Step):
     """
     One attempt to make a connection; the task that makes it has it as `attempt_here()`.
 
+    It is at `SERVER`, or "in the conninfo function" and the like, which is the user's.
+
     Attributes:
         began: When it began.
-        doing: What it is at: `SERVER`, or "in the conninfo function" and the like.
-        function: That function, which is the user's; None while the server is waited for.
-        since: Since when it is at that.
         params: What libpq is given.
         was_answered: True once it has a connection.
     """
 
-    __slots__ = (
-        "began",
-        "doing",
-        "function",
-        "params",
-        "since",
-        "was_answered",
-    )
+    __slots__ = ("began", "params", "was_answered")
 
     def __init__(self) -> None:
-        self.began = self.since = monotonic()
-        self.doing = SERVER
-        self.function: object = None
+        super().__init__("making", SERVER)
+        self.began = self.since
         self.params: Mapping[str, Any] = {}
         self.was_answered = False
 
-    def is_at(self, doing: str, function: object = None) -> None:
-        """Note what it is at from here on."""
-        self.doing = doing
-        self.function = function
-        self.since = monotonic()
+    @property
+    def asks_server(self) -> bool:
+        """True while it waits for the server to take it."""
+        return not self.was_answered and self.function is None
 
     @property
     def whose(self) -> str:
@@ -71,7 +62,7 @@ class Attempt:
 
     def failure(self, error: Exception) -> Failure:
         """Return what it means that it ended with *error*."""
-        if self.function is not None:
+        if self.function is not None and not isinstance(error, ConfigError):
             return _of_the_user(error, self.whose)
         if isinstance(error, psycopg.Error) and not isinstance(error, PoolkeeperError):
             if not _is_drivers_own(error):  # but of a connect() of the user's

@@ -1,21 +1,20 @@
 """
 Connections that are neither idle nor in use: being made, given back or checked.
 
-The idle ones are in psycopg_pool's deque, those in use in the `Ledger`; each of the others has a
-*step* here, which says what is done with it, since when, and in whose function. What moves a
+The idle ones are in a deque of their own, those in use in the `Ledger`; each of the others has a
+*step*, which says what is done with it, since when, and in whose function. What moves a
 connection from one of the three places to another does so without an await in between, so it
 is always in exactly one of them, and the numbers are counted, not kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
 from . import _facts
 from ._where import code_behind, site
-
-BEFORE_THE_SERVER = ("in the conninfo function", "in the kwargs function")
 
 Number: TypeAlias = Literal["making", "returning", "checking"]
 
@@ -50,10 +49,9 @@ class Step:
 
 class Between:
     """
-    The steps of one life of a pool.
+    The steps of those that are given back or checked, in one life of a pool; by their `Session`.
 
-    A connection that is checked or given back is known by its `Session`; one that is being made
-    has none yet, and is known by the task that makes it.
+    One that is being made is known by its `Attempt`.
     """
 
     def __init__(self) -> None:
@@ -84,18 +82,8 @@ class Between:
         """Return how many there are of *number*."""
         return sum(step.number == number for step in list(self._steps.values()))
 
-    def ask_nobody(self) -> int:
-        """Return how many that are being made have asked no server yet."""
-        return sum(step.doing in BEFORE_THE_SERVER for step in list(self._steps.values()))
-
-    def held_up(self) -> _facts.StepRow | None:
-        """Return what takes longest of what functions of the user's do to make a connection."""
+    def rows(self, others: Iterable[Step]) -> tuple[_facts.StepRow, ...]:
+        """Return all steps, and *others*, those that take longest first."""
         now = monotonic()
-        steps = [s for s in self._steps.values() if s.number == "making" and s.function is not None]
-        return min(steps, key=lambda step: step.since).row(now) if steps else None
-
-    def rows(self) -> tuple[_facts.StepRow, ...]:
-        """Return all steps, those that take longest first."""
-        now = monotonic()
-        steps = sorted(self._steps.values(), key=lambda step: step.since)
+        steps = sorted([*self._steps.values(), *others], key=lambda step: step.since)
         return tuple(step.row(now) for step in steps)

@@ -61,7 +61,7 @@ class LoopBinding:
     loop (its `id()`) may be given to the next one.
     """
 
-    __slots__ = ("__weakref__", "_forked", "name", "opened", "owner_loop", "pool")
+    __slots__ = ("__weakref__", "_forked", "admits", "name", "opened", "owner_loop", "pool")
 
     pool: weakref.ref[object] | None
     """The pool, which a forked child must not finalise."""
@@ -103,7 +103,13 @@ class LoopBinding:
                 f" {see('loop-mismatch')}",
             )
         self.owner_loop: Callable[[], asyncio.AbstractEventLoop | _Never | None] = weakref.ref(loop)
+        self.admits: Callable[[], object] = self.owner_loop
+        """The loop on which a connection can be acquired: the owner's, until the pool closes."""
         _bindings.add(self)
+
+    def admit_nobody(self) -> None:
+        """Let no connection be acquired any more; what there is goes on to its end."""
+        self.admits = _never
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the owner loop, in the owner process."""
@@ -189,7 +195,7 @@ class LoopBinding:
 
     def _after_fork_in_child(self) -> None:
         self._forked = True
-        self.owner_loop = _never
+        self.owner_loop = self.admits = _never
         if self.pool is not None:
             inherited.append(self.pool())
 

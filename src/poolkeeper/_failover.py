@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from time import monotonic
 from typing import Any, Protocol
 
-from . import _cleaning, _compat
+from . import _cleaning
 from ._log import log
 from ._session import Session
 from ._words import class_name
@@ -88,7 +88,7 @@ class Failover:
         alone = not mine.in_question
         if not mine.accept_parameters() or (alone and not self._may_act()):
             return True
-        _compat.expire(conn, mine.template)
+        mine.expires_at = 0.0
         if alone:
             log("server_changed", pool=self._pool.name, kind=mine.kind)
             for session in self._pool.sessions:

@@ -21,12 +21,6 @@ from ._session import shut_down
 class Pool(Protocol):
     """What a question asks of the pool."""
 
-    question: Question | None
-
-    def out_of_service(self, purpose: str) -> str | None:
-        """Return why no query can run in this state, None if one may; raise if not from here."""
-        ...
-
     def answered_lately(self, seconds: float) -> bool:
         """Tell whether the server has answered whoever holds a connection, so long ago at most."""
         ...
@@ -52,21 +46,6 @@ class Pool(Protocol):
     def snapshot(self) -> _facts.PoolSnapshot:
         """Return the facts of this moment."""
         ...
-
-
-async def check(pool: Pool, timeout: float) -> _facts.Health:
-    """Return whether the server answers within *timeout* seconds."""
-    began = monotonic()
-    ok, beside = False, False
-    reason = kind = pool.out_of_service("check it")
-    if reason is None:
-        question = pool.question
-        if question is None or not question.is_open:
-            question = pool.question = Question(pool, question)
-        ok, reason, kind = await question.answer_within(timeout)
-        beside = question.beside
-    seconds = monotonic() - began
-    return _facts.Health(ok, reason, seconds, beside, pool.snapshot(), kind or reason)
 
 
 class Question:

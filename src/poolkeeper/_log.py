@@ -122,6 +122,13 @@ EVENTS = {
         'a connection of pool "%(pool)s" is closed: its query was cancelled, and does not end;'
         " %(reason)s",
     ),
+    "transaction_left": Event(
+        WARNING, 'a connection of pool "%(pool)s" came back in a transaction: rolled back'
+    ),
+    "connection_out_of_order": Event(
+        WARNING,
+        'a connection of pool "%(pool)s" could not be put in order, and is replaced: %(reason)s',
+    ),
     "rollback_failed": Event(WARNING, 'pool "%(pool)s": error ignored in rollback: %(reason)s'),
     # --- what borrowers, and others, have set
     "settings_put_back": Event(

@@ -22,10 +22,12 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
-from . import _conninfo, _facts, _health, _lost_work
+from . import _conninfo, _facts, _lost_work, _watching
 from ._binding import beginning
+from ._block import Block, CheckoutContext
 from ._classes import check_class
-from ._pool import Block, BoundPool, CheckoutContext, State
+from ._life import State
+from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function, warn_user
 from .errors import (
     ConfigError,
@@ -268,7 +270,7 @@ class PoolManager(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         _require_number(timeout=timeout)
-        return await _health.check(self._pool, timeout)
+        return await _watching.check(self._pool, timeout)
 
     # --- open and close -------------------------------------------------------------------
 

@@ -19,7 +19,11 @@ class Pool(Protocol):
     """What the connector asks of the pool that it makes connections for."""
 
     name: str
-    num_workers: int
+
+    @property
+    def num_workers(self) -> int:
+        """How many connections may be made at once."""
+        ...
 
     async def make_connection(self) -> None:
         """Make one connection, configure it and add it to the pool."""

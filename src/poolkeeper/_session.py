@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, ClassVar, TypeVar, cast
 
 from psycopg import AsyncConnection, pq
@@ -82,6 +83,7 @@ class Session:
     Attributes:
         checkout: Who holds it; None while nobody does.
         configured: The reported parameters that ``configure`` has set.
+        expires_at: From when on it is to be replaced.
         in_question: True if another session was found on a server that has become another kind,
             and this one was not looked at yet.
         in_pool: True while the pool counts it, so that it must not be lost.
@@ -104,6 +106,7 @@ class Session:
         "_prepare",
         "checkout",
         "configured",
+        "expires_at",
         "heard_at",
         "in_pool",
         "in_question",
@@ -120,6 +123,7 @@ class Session:
         self._parameters = self._reported_parameters()
         self.accept_parameters()
         self.heard_at = 0.0
+        self.expires_at = inf
         self.checkout: Checkout | None = None
         self.returned: Checkout | None = None
         self.in_pool = False

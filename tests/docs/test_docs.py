@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -128,10 +129,32 @@ def test_the_architecture_page_names_every_module_and_imports_point_upwards_in_i
             assert not below, f"{name} imports {below}"
 
 
+def test_the_picture_of_the_rooms_is_up_to_date() -> None:
+    """If not: python scripts/rooms.py."""
+    path = ROOT / "scripts" / "rooms.py"
+    spec = importlib.util.spec_from_file_location("rooms", path)
+    assert spec is not None
+    assert spec.loader is not None
+    rooms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rooms)
+    drawn = rooms.picture(ROOT / "src" / "poolkeeper")
+    assert rooms.PICTURE.read_text(encoding="utf-8") == drawn
+    assert "_life imports _checking" in drawn
+
+
+def test_there_is_no_circle_among_the_modules_of_the_core() -> None:
+    graph: dict[str, set[str]] = {
+        path.stem: imported(path) for path in (ROOT / "src" / "poolkeeper").glob("*.py")
+    }
+    while leaves := [name for name, direct in graph.items() if not direct & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph
+
+
 def test_the_architecture_page_names_all_that_is_used_of_psycopg_pools_internals() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    _, _, table = text.partition("| internal | what for |")
-    names = {*_compat.NEEDED, *(name for names in _compat.SET_BY.values() for name in names)}
-    internals = {name for name in names if name.startswith("_") and name.islower()}
-    assert internals
-    assert not {name for name in internals if not re.search(rf"`{name}\b", table)}
+    _, _, table = text.partition("| internal | what for |\n| --- | --- |\n")
+    rows = re.findall(r"^\|.*`(_\w+)`.*\|.*\|$", table, re.MULTILINE)
+    assert rows == ["_pool"]  # the only one, see test_compat
+    assert not [name for name in _compat.NEEDED if name.startswith("_")]

@@ -20,7 +20,9 @@ import pytest
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager, _pool, _waiting
+from poolkeeper import PoolManager, _closing, _ending, _releasing, _waiting
+from poolkeeper._releasing import release
+from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
 
@@ -35,7 +37,7 @@ def a_server_that_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     It takes a second, and more, to have a hundred queries stopped where the cores are busy.
     """
-    for module in (_pool, _waiting):
+    for module in (_waiting, _releasing, _ending, _closing):
         monkeypatch.setattr(module, "CANCEL_GRACE", 20.0)
 
 
@@ -48,23 +50,23 @@ async def until(holds: Callable[[], object], within: float = 10.0) -> None:
 
 def pids(db: PoolManager[Any]) -> set[int]:
     """The server processes of the idle connections."""
-    return {conn.info.backend_pid for conn in db.pool._idle}
+    return {conn.info.backend_pid for conn in life(db.pool).idle}
 
 
 async def is_whole(db: PoolManager[Any]) -> None:
     """Wait until every connection of *db* is idle, and look that nothing else is left."""
     pool = db.pool
     # What is given back by a task of the pool's own takes a moment.
-    await until(lambda: not pool._returning and len(pool._idle) == pool.max_size)
+    await until(lambda: not life(pool).tasks.running and len(life(pool).idle) == pool.max_size)
     assert pool.counts() == {
         "total": pool.max_size, "in_use": 0, "idle": pool.max_size, "max": pool.max_size,
         "waiting": 0,
     }  # fmt: skip
-    assert not pool._ledger.held
-    assert not pool._line.tasks
+    assert not life(pool).ledger.held
+    assert not life(pool).line.tasks
     assert all(conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
-               for conn in pool._idle)  # fmt: skip
-    assert not any(conn._session.checkout for conn in pool._idle)
+               for conn in life(pool).idle)  # fmt: skip
+    assert not any(conn._session.checkout for conn in life(pool).idle)
 
 
 async def works(db: PoolManager[Any]) -> None:
@@ -260,16 +262,16 @@ async def test_a_release_that_is_cancelled_again_and_again_runs_to_its_end(
 async def test_a_waiter_that_is_cancelled_costs_nothing(ten: PoolManager[Any]) -> None:
     holders = [await ten.pool.getconn() for _ in range(10)]
     tasks = [asyncio.create_task(commits(ten)) for _ in range(100)]
-    await until(lambda: len(ten.pool._line) == 100)
+    await until(lambda: len(life(ten.pool).line) == 100)
     for task in tasks[::2]:
         task.cancel()
     await asyncio.sleep(0)
-    assert len(ten.pool._line) == 50
+    assert len(life(ten.pool).line) == 50
     for task in tasks[1::2]:
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results)
-    assert len(ten.pool._line) == 0
+    assert len(life(ten.pool).line) == 0
     assert ten.pool.get_stats()["requests_waiting"] == 0
     for conn in holders:
         await ten.pool.putconn(conn)
@@ -286,12 +288,12 @@ async def test_cancelled_in_the_turn_in_which_it_is_served(
         conn = await db.pool.getconn()
         task = asyncio.create_task(commits(db))
         next_one = asyncio.create_task(db.fetchval("select 1"))
-        await until(lambda: len(db.pool._line) == 2)
+        await until(lambda: len(life(db.pool).line) == 2)
         if cancelled_first:
             task.cancel()
-            assert db.pool.release(conn, False) is None
+            assert release(db.pool, conn, False) is None
         else:
-            assert db.pool.release(conn, False) is None
+            assert release(db.pool, conn, False) is None
             task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -312,7 +314,7 @@ async def test_a_waiter_that_is_cancelled_while_the_pool_grows_leaves_the_connec
         await asyncio.gather(*(cancel(task, n + 1) for n, task in enumerate(tasks)))
         assert db.pool.counts()["total"] <= 3
     await works(db)
-    await until(lambda: db.pool.counts()["in_use"] == 0 and not db.pool._returning)
+    await until(lambda: db.pool.counts()["in_use"] == 0 and not life(db.pool).tasks.running)
     await until(lambda: db.pool.counts()["idle"] == db.pool.get_stats()["pool_size"])
     assert db.pool.counts()["total"] <= 3
 
@@ -527,12 +529,12 @@ async def test_the_pool_works_after_all_tasks_were_cancelled(make_manager: MakeM
     await until(lambda: db.pool.counts() == {
         "total": 2, "in_use": 0, "idle": 2, "max": 6, "waiting": 0
     })  # fmt: skip
-    assert not db.pool._ledger.held
+    assert not life(db.pool).ledger.held
 
 
 def db_dsn(db: PoolManager[Any]) -> str:
     """The connection string that *db* was made with."""
-    return str(db.pool._settings["conninfo"])
+    return str(db.pool.conninfo)
 
 
 async def test_who_waits_already_is_served_after_our_tasks_were_cancelled(

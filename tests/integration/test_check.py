@@ -32,6 +32,8 @@ from poolkeeper import (
 from poolkeeper import _checking as checking_module
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._health import Question
+from poolkeeper._watching import Watch
+from tests.support.inside import life, shrink
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, eventually
@@ -143,9 +145,9 @@ async def test_a_connection_that_is_asked_is_not_one_that_nobody_needs(make: Any
     """Or the pool would close it after `max_idle`, and each check make one of its own."""
     db = await make(min_size=0, max_size=1)
     assert await db.fetchval("select 1") == 1
-    db.pool._nconns_min = 1
+    life(db.pool).idle_low = 1
     assert await db.check()
-    await db.pool._shrink_pool()
+    shrink(db.pool)
     assert db.snapshot().idle == 1
 
 
@@ -383,9 +385,9 @@ async def test_while_anybody_waits_no_free_connection_is_taken_from_them(make: A
     async with exhausted(db):
         waiter = asyncio.create_task(db.fetchval("select 1"))
         await until(lambda: db.snapshot().waiting == 1)
-        idle = db.pool._pool
+        idle = life(db.pool).idle
         idle.append(object())
-        assert db.pool.ask_idle() is None
+        assert Watch(life(db.pool)).ask_idle() is None
         idle.clear()
     assert await waiter == 1
 
@@ -615,16 +617,16 @@ async def test_a_free_connection_to_a_silent_server_is_the_pools_to_replace(
     """And that is all: nobody waits for the answer of another one."""
     db = await make(proxy.dsn, min_size=2)
     monkeypatch.setattr(checking_module, "PROBE_TIMEOUT", 0.5)
-    _, second = db.pool._pool
+    _, second = life(db.pool).idle
     proxy.stall()
     with at_once():
         health = await db.check(timeout=0.1)
     assert (health.ok, health.reason, health.beside) == (False, "no answer within 0.10 s", False)
-    question = db.pool.question
+    question = life(db.pool).question
     assert question is not None
     await until(lambda: not checks())
     assert not question.beside
-    assert list(db.pool._pool) == [second]
+    assert list(life(db.pool).idle) == [second]
     proxy.resume()
     await works(db)
 
@@ -638,7 +640,7 @@ async def test_who_waits_longer_than_a_free_connection_takes_to_be_given_up_is_a
         pid = conn.pgconn.backend_pid
     proxy.stall()
     checking = asyncio.create_task(db.check(PATIENT))
-    await until(lambda: db.pool.question is not None and db.pool.question.beside)
+    await until(lambda: life(db.pool).question is not None and life(db.pool).question.beside)
     proxy.resume()
     with at_once():
         health = await checking
@@ -668,7 +670,7 @@ async def test_a_query_beside_that_gets_no_answer_is_given_up(make: Any, proxy: 
         assert (health.ok, health.beside) == (False, True)
         await until(lambda: not checks())
         assert made == 2
-        live = [s for s in db.pool._sessions if s.pgconn.status == psycopg.pq.ConnStatus.OK]
+        live = [s for s in life(db.pool).sessions if s.pgconn.status == psycopg.pq.ConnStatus.OK]
         assert len(live) == 1
         proxy.resume()
         assert await db.check()
@@ -762,12 +764,12 @@ async def kill(dsn: str, db: PoolManager[Any], idle: list[Any]) -> None:
 async def test_a_dead_connection_is_passed_over_and_replaced(make: Any, dsn: str) -> None:
     """And makes the pool look at all the others, as in an acquire."""
     db = await make(min_size=3, max_size=3)
-    first, second, third = db.pool._pool
+    first, second, third = life(db.pool).idle
     await kill(dsn, db, [first, third])
     health = await db.check()
     assert (health.ok, health.reason, health.beside) == (True, ANSWERED, False)
-    assert second in db.pool._pool
-    assert third not in db.pool._pool
+    assert second in life(db.pool).idle
+    assert third not in life(db.pool).idle
     await until(lambda: db.snapshot().idle == 3)
     assert db.pool.get_stats()["connections_lost"] == 2
     await works(db)
@@ -775,7 +777,7 @@ async def test_a_dead_connection_is_passed_over_and_replaced(make: Any, dsn: str
 
 async def test_when_all_are_dead_it_is_asked_beside(make: Any, dsn: str) -> None:
     db = await make(min_size=2, max_size=2)
-    await kill(dsn, db, list(db.pool._pool))
+    await kill(dsn, db, list(life(db.pool).idle))
     health = await db.check()
     assert (health.ok, health.beside) == (True, True)
     await until(lambda: db.snapshot().idle == 2)
@@ -786,17 +788,17 @@ async def test_one_that_has_something_harmless_to_say_is_asked(make: Any, dsn: s
     db = await make()
     async with db.connection() as conn:
         await conn.execute("listen orders")
-    (idle,) = db.pool._pool
+    (idle,) = life(db.pool).idle
     await asyncio.to_thread(admin, dsn, "notify orders")
     await until(lambda: not idle._session.is_quiet())
     health = await db.check()
     assert (health.ok, health.beside) == (True, False)
-    assert list(db.pool._pool) == [idle]
+    assert list(life(db.pool).idle) == [idle]
 
 
 async def test_a_lifetime_that_is_over_ends_with_the_answer(make: Any) -> None:
     db = await make(max_lifetime=0.0)
-    (idle,) = db.pool._pool
+    (idle,) = life(db.pool).idle
     assert await db.check()
     await until(lambda: db.snapshot().idle == 1 and idle.pgconn.status != psycopg.pq.ConnStatus.OK)
 
@@ -1073,7 +1075,7 @@ def test_a_loop_that_ends_during_a_check_leaves_a_pool_that_can_be_opened(
             kept.append(asyncio.ensure_future(db.check(60)))
             for _ in range(3):
                 await asyncio.sleep(0)
-            assert db.pool.question.beside
+            assert db.pool.life.question.beside
 
         async def again():
             async with db:

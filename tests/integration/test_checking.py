@@ -12,6 +12,7 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import AcquireTimeout, ClosedError, PoolManager
+from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
 from tests.support.wire import wire_of_session
@@ -95,6 +96,21 @@ async def test_a_check_that_accepts_again_is_no_cause_any_more(opened: Any) -> N
     assert db.snapshot().checks_refused == 0
 
 
+async def test_an_acquire_without_a_timeout_tries_each_of_those_that_are_free(opened: Any) -> None:
+    bad: set[int] = set()
+
+    async def check(conn: Any) -> None:
+        if conn.info.backend_pid in bad:
+            raise LookupError
+
+    db = await opened(min_size=3, max_size=3, check=check)
+    bad |= {conn.info.backend_pid for conn in list(life(db.pool).idle)[:2]}
+    async with db.connection(timeout=0) as conn:
+        assert conn.info.backend_pid not in bad
+    bad |= {conn.info.backend_pid for conn in life(db.pool).idle}
+    await fails(db, 0)
+
+
 # --- one that hangs -----------------------------------------------------------------------------
 
 
@@ -106,14 +122,14 @@ async def test_an_acquire_ends_at_its_timeout_although_check_hangs(opened: Any) 
             await asyncio.sleep(3600)
 
     db = await opened(min_size=2, max_size=2, check=check)
-    before = {conn.info.backend_pid for conn in db.pool._idle}
+    before = {conn.info.backend_pid for conn in life(db.pool).idle}
     errors = await asyncio.gather(fails(db, 1), fails(db, 1))
     for error in errors:
         assert error.diagnosis is not None
         assert error.diagnosis.cause == "held-up"
         assert f"in the check callback at {HERE}:" in str(error)
     await until(lambda: db.snapshot().idle == 2)
-    assert {conn.info.backend_pid for conn in db.pool._idle} == before
+    assert {conn.info.backend_pid for conn in life(db.pool).idle} == before
 
 
 @pytest.mark.parametrize("timeout", [0, 0.1])
@@ -128,17 +144,17 @@ async def test_a_check_that_swallows_its_cancellation_costs_the_connection_and_n
                 await let_go.wait()
 
     db = await opened(check=check)
-    (idle,) = db.pool._idle
+    (idle,) = life(db.pool).idle
     session = idle._session
     error = await fails(db, timeout)
     assert "in the check callback" in str(error)
     await until(lambda: db.snapshot().idle == 1)
-    (another,) = db.pool._idle
+    (another,) = life(db.pool).idle
     assert another._session is not session
     assert "goes on although it was cancelled" in caplog.text
     let_go.set()
     assert await db.fetchval("select 1") == 1
-    await until(lambda: not db.pool._returning)
+    await until(lambda: not life(db.pool).tasks.running)
     assert db.snapshot().numbers() == "total=1 in_use=0 idle=1 max=1 waiting=0"
 
 
@@ -156,7 +172,7 @@ async def test_who_is_cancelled_in_check_goes_when_it_has_ended(opened: Any) -> 
             ended = True
 
     db = await opened(check=check)
-    (session,) = db.pool._sessions
+    (session,) = life(db.pool).sessions
     task = asyncio.create_task(db.fetchval("select 1"))
     await entered.wait()
     assert db.snapshot().numbers() == "total=1 in_use=0 idle=0 max=1 waiting=0 checking=1"
@@ -165,7 +181,7 @@ async def test_who_is_cancelled_in_check_goes_when_it_has_ended(opened: Any) -> 
         await task
     assert ended
     await until(lambda: db.snapshot().idle == 1)
-    assert set(db.pool._sessions) == {session}
+    assert set(life(db.pool).sessions) == {session}
 
 
 async def test_who_is_cancelled_does_not_wait_for_a_check_that_does_not_end(
@@ -194,7 +210,7 @@ async def test_who_is_cancelled_does_not_wait_for_a_check_that_does_not_end(
     assert "goes on although it was cancelled" in caplog.text
     await until(lambda: db.snapshot().idle == 1)
     let_go.set()
-    await until(lambda: not db.pool._returning)
+    await until(lambda: not life(db.pool).tasks.running)
     assert db.snapshot().numbers() == "total=1 in_use=0 idle=1 max=1 waiting=0"
 
 
@@ -254,7 +270,7 @@ async def test_close_ends_the_wait_for_a_check(opened: Any) -> None:
 
 async def test_check_connection_costs_one_round_trip_and_leaves_no_trace(opened: Any) -> None:
     db = await opened(check=AsyncConnectionPool.check_connection)
-    (idle,) = db.pool._idle
+    (idle,) = life(db.pool).idle
     with wire_of_session(idle.pgconn) as wire:
         async with db.connection() as conn:
             assert not conn.autocommit
@@ -310,7 +326,7 @@ async def test_who_is_handed_a_bad_connection_keeps_its_place(
         tasks = [asyncio.create_task(waits(number)) for number in range(6)]
         await until(lambda: db.snapshot().waiting == 6)
         if fault == "dead":
-            (session,) = db.pool._sessions
+            (session,) = life(db.pool).sessions
             await asyncio.to_thread(kill_sessions, dsn, "places")
             await until(lambda: not session.is_quiet())
         else:

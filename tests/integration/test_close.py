@@ -21,8 +21,10 @@ from poolkeeper import (
     OpenError,
     PoolManager,
     UnclosedManagerWarning,
+    _closing,
 )
 from poolkeeper._embedded import EmbeddedServer
+from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, eventually
@@ -66,7 +68,7 @@ async def running_task(
 ) -> asyncio.Task[Any]:
     """Return a task that does *work*, as soon as a query of the pool runs."""
     task = asyncio.create_task(work, name="slow")
-    while not manager.pool._active():
+    while not _closing._active(life(manager.pool)):
         await asyncio.sleep(0)
     return task
 
@@ -722,7 +724,7 @@ async def test_close_while_a_rollback_gets_no_answer(
     await conn.execute("select 1")
     proxy.stall()
     release = asyncio.create_task(manager.pool.putconn(conn))
-    while not manager.pool._returning:
+    while not life(manager.pool).tasks.running:
         await asyncio.sleep(0)
     await closed_within(0.3 + 2, manager, timeout=0.3)
     await asyncio.wait({release}, timeout=AT_ONCE)

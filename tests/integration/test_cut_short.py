@@ -12,9 +12,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import PoolManager, _compat, _pool
+from poolkeeper import PoolManager, _acquiring, _releasing
 from poolkeeper._checkouts import Ledger
 from poolkeeper._session import Session
+from tests.support.inside import life
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -54,16 +55,14 @@ class CutShort(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (_compat, "note_idle_low"),
-        (_compat, "is_expired"),
-        (_pool, "Checkout"),
-        (_pool, "current_task"),
+        (_acquiring, "Checkout"),
+        (_acquiring, "current_task"),
         (Ledger, "ends"),
         (Session, "successor"),
         (Session, "is_quiet"),
-        (_pool.BoundPool, "_check_out"),
-        (_pool.BoundPool, "_end_checkout"),
-        (_pool.BoundPool, "_start_put_back"),
+        (_acquiring, "_check_out"),
+        (_releasing, "end_checkout"),
+        (_releasing, "start_put_back"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -77,7 +76,7 @@ async def test_an_error_at_any_step_loses_no_connection(
 ) -> None:
     db = make_manager(min_size=2, max_size=2, name="orders", timeout=10)
     await db.open()
-    pids = {conn.info.backend_pid for conn in db.pool._idle}
+    pids = {conn.info.backend_pid for conn in life(db.pool).idle}
     step = getattr(owner, name)
 
     def fails(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +100,7 @@ async def test_the_recursion_limit_met_at_any_depth_loses_no_connection(
 ) -> None:
     db = make_manager(min_size=2, max_size=2, name="orders", timeout=10)
     await db.open()
-    pids = {conn.info.backend_pid for conn in db.pool._idle}
+    pids = {conn.info.backend_pid for conn in life(db.pool).idle}
 
     async def deep(depth: int) -> None:
         await (deep(depth - 1) if depth else use(db))

@@ -17,6 +17,7 @@ import pytest
 from psycopg_pool import PoolTimeout
 
 from poolkeeper import AcquireTimeout, PoolManager, SelfDeadlockError
+from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -66,7 +67,7 @@ async def test_a_task_that_holds_the_only_connection_and_asks_for_another(pool_o
     assert error.diagnosis.cause == "self-deadlock"
     assert "errors#self-deadlock" in str(error.hint)
     assert db.pool.counts() == {"total": 1, "in_use": 0, "idle": 1, "max": 1, "waiting": 0}
-    assert not db.pool._line.tasks
+    assert not life(db.pool).line.tasks
     assert db.pool.get_stats()["requests_errors"] == 1
     assert await db.fetchval("select 1") == 1
 
@@ -140,7 +141,7 @@ async def test_tasks_that_hold_nothing_and_wait_already_do_not_hide_it(pool_of: 
     db = await pool_of(1)
     async with db.connection():
         others = [asyncio.create_task(db.fetchval("select 1")) for _ in range(3)]
-        await until(lambda: len(db.pool._line) == 3)
+        await until(lambda: len(life(db.pool).line) == 3)
         with pytest.raises(SelfDeadlockError):
             await db.fetchval("select 1")
     assert await asyncio.gather(*others) == [1, 1, 1]
@@ -164,7 +165,7 @@ async def test_a_holder_that_waits_for_something_else(pool_of: Any) -> None:
     holder = asyncio.create_task(hold())
     await until(lambda: db.pool.counts()["in_use"] == 1)
     nesting = asyncio.create_task(nest())
-    await until(lambda: len(db.pool._line) == 1)
+    await until(lambda: len(life(db.pool).line) == 1)
     go_on.set()
     assert await nesting == 1
     await holder
@@ -175,7 +176,7 @@ async def test_a_connection_from_getconn_that_another_task_gives_back(pool_of: A
     conn = await db.pool.getconn()
 
     async def give_back() -> None:
-        await until(lambda: len(db.pool._line) == 1)
+        await until(lambda: len(life(db.pool).line) == 1)
         await db.pool.putconn(conn)
 
     other = asyncio.create_task(give_back())
@@ -190,7 +191,7 @@ async def test_a_block_in_an_exit_stack_that_another_task_closes(pool_of: Any) -
         await stack.enter_async_context(block)
 
         async def close(stack: AsyncExitStack = stack) -> None:
-            await until(lambda: len(db.pool._line) == 1)
+            await until(lambda: len(life(db.pool).line) == 1)
             await stack.aclose()
 
         other = asyncio.create_task(close())
@@ -268,7 +269,7 @@ async def test_a_connection_is_on_its_way_back(pool_of: Any) -> None:
 
     async with db.connection():
         user = asyncio.create_task(use())
-        await until(lambda: db.pool._returning)
+        await until(lambda: life(db.pool).tasks.running)
         assert await db.fetchval("select 1") == 1
         await user
 
@@ -278,7 +279,7 @@ async def test_a_connection_is_handed_over_but_its_task_has_not_run_yet(pool_of:
     held = await db.pool.getconn()
     async with db.connection():
         waiter = asyncio.create_task(db.fetchval("select 1"))
-        await until(lambda: len(db.pool._line) == 1)
+        await until(lambda: len(life(db.pool).line) == 1)
         await db.pool.putconn(held)
         assert await db.fetchval("select 2") == 2
         assert await waiter == 1
@@ -300,7 +301,7 @@ async def test_a_holder_that_will_give_up_first(pool_of: Any) -> None:
     async def nest() -> int:
         async with db.connection():
             await hold.wait()
-            await until(lambda: len(db.pool._line) == 1)
+            await until(lambda: len(life(db.pool).line) == 1)
             return int(await db.fetchval("select 1"))
 
     assert await asyncio.gather(try_for_more(), nest()) == ["did without", 1]
@@ -320,7 +321,7 @@ async def test_who_would_give_up_first_himself_is_told_at_once(pool_of: Any) -> 
     async def try_for_more() -> None:
         async with db.connection():
             await hold.wait()
-            await until(lambda: len(db.pool._line) == 1)
+            await until(lambda: len(life(db.pool).line) == 1)
             with pytest.raises(SelfDeadlockError):
                 await db.fetchval("select 1", timeout=10)
 
@@ -372,7 +373,7 @@ async def test_a_holder_whose_wait_ends_by_itself(pool_of: Any) -> None:
     async def nest() -> int:
         async with db.connection():
             await hold.wait()
-            await until(lambda: len(db.pool._line) == 1)
+            await until(lambda: len(life(db.pool).line) == 1)
             return int(await db.fetchval("select 1"))
 
     assert await asyncio.gather(try_for_more(), nest()) == ["did without", 1]
@@ -396,7 +397,7 @@ async def test_a_holder_that_begins_to_wait_anew(pool_of: Any) -> None:
     async def nest() -> int:
         async with db.connection():
             await hold.wait()
-            await until(lambda: len(db.pool._line) == 1)
+            await until(lambda: len(life(db.pool).line) == 1)
             return int(await db.fetchval("select 1"))
 
     assert await asyncio.gather(try_often(), nest()) == ["did without", 1]

@@ -14,6 +14,7 @@ import pytest
 
 from poolkeeper import AcquireTimeout, PoolManager, _diagnosis
 from poolkeeper._checkouts import LineClock
+from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, endless
@@ -335,7 +336,7 @@ async def test_the_pool_is_too_small_for_the_load(make_manager: MakeManager) -> 
 
     # Patient ones: who gave up and came back would let the one that is looked at overtake.
     clients = [asyncio.create_task(client()) for _ in range(60)]
-    await until(lambda: len(db.pool._line) == 58)
+    await until(lambda: len(life(db.pool).line) == 58)
     await asyncio.sleep(0.5)
     error = await timed_out(db, 0.5)
     stop = True

@@ -17,6 +17,7 @@ from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._failover import Failover
 from poolkeeper._session import REPORTED_PARAMETERS, Session
+from tests.support.inside import life
 from tests.support.pair import Pair, pair, set_read_only
 from tests.support.pooler import OwningPooler
 from tests.support.proxy import FaultProxy
@@ -50,7 +51,7 @@ async def pids(db: PoolManager[Any]) -> set[int]:
         while (counts := db.pool.counts())["idle"] < db.pool.min_size:
             await asyncio.sleep(0.01)
     assert counts["in_use"] == 0
-    return {conn.pgconn.backend_pid for conn in db.pool._pool}
+    return {conn.pgconn.backend_pid for conn in life(db.pool).idle}
 
 
 class Writers:

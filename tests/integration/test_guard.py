@@ -105,7 +105,7 @@ class Place:
         try:
             if not self.owner.is_closed():
                 left = self.own(self._end())
-            elif self.db is not None and self.db.pool._state == "open":
+            elif self.db is not None and self.db.pool.state == "open":
                 # It is told that its loop is closed, and ends what is its own nevertheless.
                 with pytest.raises(LoopMismatchError):
                     self.foreign(self.db.close())

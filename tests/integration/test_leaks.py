@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from poolkeeper import PoolManager
+from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.server import admin
 
@@ -123,7 +124,7 @@ async def test_without_a_threshold_nothing_is_kept_and_nothing_watched(
 ) -> None:
     db = make_manager(min_size=1, name="orders")
     await db.open()
-    assert db.pool._leak_timer is None
+    assert life(db.pool).leak_timer is None
     async with db.connection():
         await asyncio.sleep(0.2)
         (row,) = db.snapshot().checkouts
@@ -136,9 +137,10 @@ async def test_the_watch_ends_with_the_pool(make_manager: MakeManager, said: Sai
     db = make_manager(min_size=1, name="orders", leak_threshold=0.05)
     await db.open()
     conn = await db.pool.getconn()
+    timer = life(db.pool).leak_timer
     await db.close(timeout=0)
-    assert db.pool._leak_timer is not None
-    assert db.pool._leak_timer.cancelled()
+    assert timer is not None
+    assert timer.cancelled()
     reports = len(said("suspected leak"))
     await asyncio.sleep(0.2)
     assert len(said("suspected leak")) == reports
@@ -173,9 +175,9 @@ async def test_a_connection_that_was_dropped_is_taken_back(
     assert message.endswith(
         f'acquired in task "careless" at {HERE}:{line} in take_and_drop; taken back'
     )
-    await until(lambda: not db.pool._returning)
+    await until(lambda: not life(db.pool).tasks.running)
     assert db.pool.counts() == {"total": 1, "in_use": 0, "idle": 1, "max": 1, "waiting": 0}
-    assert not db.pool._ledger.held
+    assert not life(db.pool).ledger.held
 
 
 async def test_a_connection_that_was_lost_and_dropped_leaves_its_place(
@@ -192,7 +194,7 @@ async def test_a_connection_that_was_lost_and_dropped_leaves_its_place(
     gc.collect()
     async with asyncio.timeout(10):
         assert await db.fetchval("select 1") == 1
-    assert not db.pool._ledger.held
+    assert not life(db.pool).ledger.held
 
 
 async def test_a_task_that_waits_gets_what_another_has_dropped(make_manager: MakeManager) -> None:
@@ -200,7 +202,7 @@ async def test_a_task_that_waits_gets_what_another_has_dropped(make_manager: Mak
     await db.open()
     conn = await db.pool.getconn()
     waiter = asyncio.create_task(db.fetchval("select 1"))
-    await until(lambda: len(db.pool._line) == 1)
+    await until(lambda: len(life(db.pool).line) == 1)
     del conn
     gc.collect()
     async with asyncio.timeout(10):
@@ -385,12 +387,12 @@ async def test_many_are_dropped_and_none_is_lost(make_manager: MakeManager) -> N
         min_size=4, max_size=4, name="orders", timeout=30, kwargs={"autocommit": True}
     )
     await db.open()
-    pids = {conn.info.backend_pid for conn in db.pool._idle}
+    pids = {conn.info.backend_pid for conn in life(db.pool).idle}
     for _ in range(10):
         # More than there are connections: the later ones get what the earlier ones dropped.
         assert set(await asyncio.gather(*(take_and_drop(db) for _ in range(12)))) <= pids
-    await until(lambda: len(db.pool._idle) == 4)
-    assert {conn.info.backend_pid for conn in db.pool._idle} == pids
+    await until(lambda: len(life(db.pool).idle) == 4)
+    assert {conn.info.backend_pid for conn in life(db.pool).idle} == pids
 
 
 async def test_an_interrupted_owner_is_no_leak(make_manager: MakeManager, said: Said) -> None:

@@ -21,6 +21,7 @@ from psycopg_pool import AsyncConnectionPool, TooManyRequests
 
 from poolkeeper import AcquireTimeout, PoolManager, TooManyWaitersError
 from poolkeeper._checkouts import LineClock
+from tests.support.inside import life
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -70,8 +71,8 @@ def nobody_waits(db: PoolManager[Any]) -> bool:
     """Tell whether the line is empty, for us, for psycopg_pool and for the clock."""
     pool = db.pool
     return (
-        len(pool._line) == 0
-        and not pool._line.tasks
+        len(life(pool).line) == 0
+        and not life(pool).line.tasks
         and pool.get_stats().get("requests_waiting", 0) == 0
         and db.snapshot().waiting == 0
     )
@@ -119,7 +120,7 @@ async def test_waiters_that_leave_do_not_change_the_order_of_the_others(
     tasks = [
         asyncio.create_task(work(n, 0.02 if n % 5 == 1 else 30.0), name=f"t{n}") for n in range(200)
     ]
-    await until(lambda: len(db.pool._line) > 100)
+    await until(lambda: len(life(db.pool).line) > 100)
     left = [n for n in chance.sample(range(100, 200), 30) if n not in served]
     for number in left:
         tasks[number].cancel()
@@ -145,7 +146,7 @@ async def test_who_comes_while_others_wait_joins_at_the_end(
             served.append(name)
 
     first = asyncio.create_task(work("first"))
-    await until(lambda: len(one.pool._line) == 1)
+    await until(lambda: len(life(one.pool).line) == 1)
     await one.pool.putconn(held)  # handed to the first, who does not run before we do
     await work("second")
     await first
@@ -187,7 +188,7 @@ async def test_ten_thousand_waiters_on_ten_connections(make_manager: MakeManager
         waiting, tasks = await size([work(n) for n in range(number)])
     finally:
         tracemalloc.stop()
-    assert len(db.pool._line) == number
+    assert len(life(db.pool).line) == number
     gate.set_result(None)
     await asyncio.gather(*idlers)
     begin = monotonic()
@@ -205,7 +206,7 @@ async def test_ten_thousand_waiters_on_ten_connections(make_manager: MakeManager
     )
     assert waiting / number < 4096
     assert nobody_waits(db)
-    assert len(db.pool._idle) == 10
+    assert len(life(db.pool).idle) == 10
 
 
 # --- patience -----------------------------------------------------------------------------------
@@ -238,10 +239,10 @@ async def test_a_waiter_that_times_out_leaves_nothing_behind(
     with pytest.raises(AcquireTimeout):
         await one.pool.getconn(timeout=0.05)
     assert nobody_waits(one)
-    await until(lambda: one.pool._clock._timer is None)
-    assert one.pool._clock._due == 0.0
+    await until(lambda: life(one.pool).clock._timer is None)
+    assert life(one.pool).clock._due == 0.0
     await one.pool.putconn(held)
-    assert len(one.pool._idle) == 1
+    assert len(life(one.pool).idle) == 1
 
 
 async def test_time_outs_are_kept_to_while_others_wait_for_longer(
@@ -281,7 +282,7 @@ async def test_a_stalled_loop_does_not_time_waiters_out(
 
     tasks = [asyncio.create_task(work()) for _ in range(6)]
     await asyncio.sleep(0)
-    assert len(db.pool._line) == 4
+    assert len(life(db.pool).line) == 4
     time.sleep(stall)
     assert await asyncio.gather(*tasks) == [1] * 6
 
@@ -291,7 +292,7 @@ async def test_after_a_stall_patience_ends_soon(
 ) -> None:
     await hold()
     waiter = asyncio.create_task(one.pool.getconn(timeout=0.3))
-    await until(lambda: len(one.pool._line) == 1)
+    await until(lambda: len(life(one.pool).line) == 1)
     time.sleep(0.8)
     begin = monotonic()
     with pytest.raises(AcquireTimeout):
@@ -348,7 +349,7 @@ async def test_ten_thousand_time_outs_do_not_stop_the_loop_and_name_the_cause(
     holders = [asyncio.create_task(hold()) for _ in range(20)]
     await until(lambda: db.snapshot().in_use == 20)
     tasks = [asyncio.create_task(db.fetchval("select 1")) for _ in range(number)]
-    await until(lambda: len(db.pool._line) == number)
+    await until(lambda: len(life(db.pool).line) == number)
     errors, stall = await worst_stall(ended(*tasks))
     go_on.set()
     await asyncio.gather(*holders)
@@ -408,7 +409,7 @@ async def test_a_refusal_whose_reason_nobody_reads_costs_little(
 ) -> None:
     await hold()
     waiting = [asyncio.create_task(one.pool.getconn()) for _ in range(1000)]
-    await until(lambda: len(one.pool._line) == 1000)
+    await until(lambda: len(life(one.pool).line) == 1000)
     begin = time.process_time()
     for _ in range(1000):
         with suppress(AcquireTimeout):
@@ -485,16 +486,16 @@ async def test_max_waiting_counts_those_who_wait(make_manager: MakeManager) -> N
         assert all(isinstance(how, AcquireTimeout) for how in await ended(*gone))
         for _ in range(3):
             cancelled = [asyncio.create_task(db.fetchval("select 1")) for _ in range(2)]
-            await until(lambda: len(db.pool._line) == 2)
+            await until(lambda: len(life(db.pool).line) == 2)
             for task in cancelled:
                 task.cancel()
             await ended(*cancelled)
         alive = [asyncio.create_task(db.fetchval("select 1")) for _ in range(2)]
-        await until(lambda: len(db.pool._line) == 2)
+        await until(lambda: len(life(db.pool).line) == 2)
         with pytest.raises(TooManyWaitersError, match="2 tasks wait already"):
             await asyncio.create_task(db.fetchval("select 1"))
         # Refused for max_waiting, not for want of patience: no time-out either.
-        assert len(db.pool._line) == 2
+        assert len(life(db.pool).line) == 2
     assert await asyncio.gather(*alive) == [1, 1]
 
 
@@ -538,7 +539,7 @@ async def test_a_pool_that_is_made_larger_serves_those_who_wait(
             await go_on.wait()
 
     tasks = [asyncio.create_task(work(n)) for n in range(3)]
-    await until(lambda: len(one.pool._line) == 3)
+    await until(lambda: len(life(one.pool).line) == 3)
     await one.pool.resize(1, 4)
     await until(lambda: len(entered) == 3)
     assert entered == [0, 1, 2]
@@ -571,10 +572,10 @@ async def test_a_pool_that_is_made_smaller_closes_what_is_too_much(
     # The idle ones went at once, those in use go when they come back.
     assert db.pool.counts() == {"total": 4, "in_use": 4, "idle": 0, "max": 3, "waiting": 0}
     waiter = asyncio.create_task(db.fetchval("select 1"))
-    await until(lambda: len(db.pool._line) == 1)
+    await until(lambda: len(life(db.pool).line) == 1)
     await db.pool.putconn(holders.pop())
     await until(lambda: db.pool.counts()["total"] == 3)
-    assert len(db.pool._line) == 1
+    assert len(life(db.pool).line) == 1
     await db.pool.putconn(holders.pop())
     assert await waiter == 1
     for conn in holders:

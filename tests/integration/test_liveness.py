@@ -12,10 +12,10 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, _watching
 from poolkeeper import _checking as checking_module
-from poolkeeper import _pool as pool_module
 from poolkeeper._embedded import EmbeddedServer
+from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, kill_sessions
 from tests.support.wire import Wire, wire_of, wire_of_session
@@ -48,7 +48,7 @@ async def kill(dsn: str, manager: PoolManager[Any], *pids: int) -> int:
 
 
 def idle(manager: PoolManager[Any]) -> list[Any]:
-    return list(manager.pool._pool)
+    return list(life(manager.pool).idle)
 
 
 def pids(manager: PoolManager[Any]) -> set[int]:
@@ -159,8 +159,8 @@ async def test_last_words_that_come_before_the_end_are_not_taken_for_life(
         conn._session._poll = lambda: False
         return False
 
-    really = pool_module._was_ended
-    monkeypatch.setattr(pool_module, "_was_ended", was_ended)
+    really = _watching.was_ended
+    monkeypatch.setattr(_watching, "was_ended", was_ended)
     db = await make(min_size=3, max_size=3)
     told = pids(db)
     assert await kill(dsn, db) == 3
@@ -364,7 +364,7 @@ async def test_a_check_that_finds_dead_what_looks_well_does_not_sleep_either(mak
             await conn.close()
             raise psycopg.OperationalError("no use")
 
-    db.pool._user_check = check
+    life(db.pool).check = check
     begin = time.monotonic()
     assert await db.fetchval("select 1") == 1
     assert time.monotonic() - begin < AT_ONCE

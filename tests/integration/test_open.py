@@ -283,6 +283,36 @@ async def test_a_configure_callback_that_raises_is_an_error_at_once(
     assert eventually(lambda: server_sessions("poolkeeper:misconfigured") == 0)
 
 
+async def test_a_configure_callback_that_is_not_async_is_told_so_at_once(
+    make_manager: MakeManager,
+) -> None:
+    def configure(conn: Any) -> None:
+        conn.prepare_threshold = None
+
+    error, seconds = await fails_to_open(make_manager(configure=configure, name="sync"))
+    assert seconds < AT_ONCE
+    assert "the configure callback is not async" in str(error)
+
+
+async def test_fewer_are_asked_for_while_it_opens(make_manager: MakeManager) -> None:
+    made = asyncio.Semaphore(1)
+
+    async def configure(conn: Any) -> None:
+        await made.acquire()
+
+    manager = make_manager(min_size=3, max_size=3, configure=configure)
+    opening = asyncio.create_task(manager.open())
+    while manager.snapshot().idle < 1:
+        await asyncio.sleep(0.01)
+    assert manager.state == "opening"
+    await manager.pool.resize(1, 3)
+    assert manager.state == "open"
+    async with asyncio.timeout(AT_ONCE):
+        await opening
+    made.release()
+    made.release()
+
+
 async def test_a_configure_callback_that_leaves_a_transaction_is_an_error_at_once(
     make_manager: MakeManager, server_sessions: CountSessions
 ) -> None:

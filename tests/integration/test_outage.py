@@ -16,6 +16,7 @@ from poolkeeper import AcquireTimeout, PoolManager
 from poolkeeper import _checking as checking_module
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._recovery import Connector
+from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import PASSWORD, admin, kill_sessions
 
@@ -42,7 +43,7 @@ def complete(manager: PoolManager[Any]) -> bool:
 def accounted(manager: PoolManager[Any]) -> bool:
     """Tell whether psycopg_pool counts as many connections as there are or will be."""
     pool = manager.pool
-    return pool._nconns == pool.counts()["total"] + pool._connector.wanted
+    return life(pool).total == pool.counts()["total"] + life(pool).connector.wanted
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ async def test_a_silent_server_that_wakes_up_answers_what_waited(
     db = await make(proxy.dsn, min_size=size, max_size=size)
     await asyncio.to_thread(kill_sessions, dsn, NAME)
     # Until the proxy has passed it on.
-    await until(lambda: not any(conn._session.is_quiet() for conn in db.pool._idle))
+    await until(lambda: not any(conn._session.is_quiet() for conn in life(db.pool).idle))
     proxy.stall()
     requests = [asyncio.create_task(query_for(db, 30)) for _ in range(10)]
     await asyncio.sleep(3.0)
@@ -355,7 +356,7 @@ async def test_growth_with_a_slow_login_does_not_keep_returns_from_the_waiting(
             # Each of them makes the pool grow, which hangs; each is served by the one before.
             await asyncio.gather(*(query_for(db, 30) for _ in range(5)))
     proxy.resume()
-    await until(lambda: db.pool._connector.wanted == 0)
+    await until(lambda: life(db.pool).connector.wanted == 0)
     assert accounted(db)
 
 
@@ -391,6 +392,29 @@ async def test_a_wrong_password_is_tried_slowly_and_gets_better_by_itself(
         await query_for(db, 10)
         await until(lambda: complete(db))
     assert accounted(db)
+
+
+@pytest.mark.fault
+async def test_who_waits_when_the_last_connection_is_lost_is_told_why_none_can_be_made(
+    scram_server: EmbeddedServer, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason was permanent before; it is asked for again at once, not when it is due."""
+    dsn = scram_server.dsn(user="app", password=PASSWORD)
+    admin_dsn = scram_server.dsn()
+    monkeypatch.setattr(Connector, "PROBE_EVERY_IF_PERMANENT", 60.0)
+    db = await make(dsn, min_size=1, max_size=2)
+    conn = await db.pool.getconn()
+    try:
+        admin(admin_dsn, "alter role app password 'another'")
+        waiting = asyncio.create_task(query_for(db, 30))
+        await until(lambda: db.snapshot().attempts_failed)
+        await asyncio.to_thread(kill_sessions, admin_dsn, NAME)
+        async with asyncio.timeout(AT_ONCE):
+            await db.pool.putconn(conn)
+            with pytest.raises(AcquireTimeout, match="password"):
+                await waiting
+    finally:
+        admin(admin_dsn, f"alter role app password '{PASSWORD}'")
 
 
 # --- who is told ----------------------------------------------------------------------------------
@@ -552,24 +576,23 @@ async def kill_tasks(*words: str) -> None:
     await asyncio.wait(tasks)
 
 
-async def test_workers_that_somebody_cancelled_are_replaced(dsn: str, make: Any) -> None:
+async def test_a_keeper_that_somebody_cancelled_is_replaced(dsn: str, make: Any) -> None:
     db = await make(min_size=1, max_size=3, name="mended", max_idle=0.5)
-    await kill_tasks("mended-worker-", "mended-scheduler")
+    await kill_tasks("mended-keeper")
     async with asyncio.timeout(AT_ONCE):
         await asyncio.gather(*(query_for(db, 10) for _ in range(6)))
-    assert len(_tasks("mended-worker-")) == 3
-    assert len(_tasks("mended-scheduler")) == 1
-    # They work: the pool shrinks again.
+    assert len(_tasks("mended-keeper")) == 1
+    # It works: the pool shrinks again.
     await until(lambda: db.pool.counts()["total"] == 1)
     assert accounted(db)
 
 
-async def test_workers_of_a_pool_at_its_maximum_are_replaced_too(dsn: str, make: Any) -> None:
+async def test_a_keeper_of_a_pool_at_its_maximum_is_replaced_too(dsn: str, make: Any) -> None:
     db = await make(min_size=1, max_size=2, name="mended", max_idle=0.5)
     async with db.connection(), db.connection():
-        await kill_tasks("mended-worker-", "mended-scheduler")
+        await kill_tasks("mended-keeper")
         waiting = asyncio.create_task(query_for(db, 10))
-        await until(lambda: len(_tasks("mended-worker-")) == 3)
+        await until(lambda: len(_tasks("mended-keeper")) == 1)
     await waiting
     await until(lambda: db.pool.counts()["total"] == 1)
 
@@ -639,9 +662,9 @@ async def test_a_check_of_the_pool_gives_a_silent_server_up(
 
 async def test_a_check_of_a_pool_that_works_leaves_it_as_it_is(make: Any) -> None:
     db = await make(min_size=4, max_size=6)
-    before = {conn.pgconn.backend_pid for conn in db.pool._pool}
+    before = {conn.pgconn.backend_pid for conn in life(db.pool).idle}
     await db.pool.check()
-    assert {conn.pgconn.backend_pid for conn in db.pool._pool} == before
+    assert {conn.pgconn.backend_pid for conn in life(db.pool).idle} == before
     assert accounted(db)
 
 
@@ -670,9 +693,9 @@ async def test_a_smaller_pool_closes_what_is_too_much(make: Any, server_sessions
 
 async def test_a_connection_past_its_lifetime_is_replaced_when_it_comes_back(make: Any) -> None:
     db = await make(min_size=2, max_size=2, max_lifetime=0.3)
-    before = {conn.pgconn.backend_pid for conn in db.pool._pool}
+    before = {conn.pgconn.backend_pid for conn in life(db.pool).idle}
     await asyncio.sleep(0.4)
     await asyncio.gather(*(query_for(db, 10) for _ in range(2)))
     await until(lambda: complete(db))
-    assert not before & {conn.pgconn.backend_pid for conn in db.pool._pool}
+    assert not before & {conn.pgconn.backend_pid for conn in life(db.pool).idle}
     assert accounted(db)

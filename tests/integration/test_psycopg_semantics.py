@@ -26,6 +26,7 @@ from poolkeeper import (
     PoolManager,
     TooManyWaitersError,
 )
+from tests.support.inside import idle_of
 from tests.support.server import admin, kill_sessions
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -244,7 +245,7 @@ async def test_a_connection_found_closed_before_its_first_use_does_not_shrink_th
         timeout=5,
         check=AsyncConnectionPool.check_connection,
     ) as pool:
-        (idle,) = pool._pool
+        (idle,) = idle_of(pool)
         idle.pgconn.finish()
         for _ in range(3):
             async with pool.connection() as conn:
@@ -273,7 +274,7 @@ async def exercise_for_stats(pool: AsyncConnectionPool[Any]) -> None:
     await pool.putconn(conn)
     await until(lambda: pool.get_stats()["pool_available"] == 1)
     # One that is found broken when it is to be handed out.
-    (idle,) = pool._pool
+    (idle,) = idle_of(pool)
     idle.pgconn.finish()
     async with pool.connection():
         pass

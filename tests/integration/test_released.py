@@ -19,6 +19,7 @@ from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager, ReleasedConnectionError
+from tests.support.inside import life
 from tests.support.server import admin, endless, eventually, is_at_work
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -441,12 +442,12 @@ async def test_the_connection_of_another_pool_is_refused(
 async def test_an_idle_handle_cannot_be_given_back(one: PoolManager[Any]) -> None:
     async with one.connection() as conn:
         pass
-    (idle,) = one.pool._pool
+    (idle,) = life(one.pool).idle
     with pytest.raises(ValueError):
         await one.pool.putconn(idle)
     with pytest.raises(ReleasedConnectionError):
         await one.pool.putconn(conn)
-    assert len(one.pool._pool) == 1
+    assert len(life(one.pool).idle) == 1
 
 
 # --- what a handle is, once it was given back --------------------------------------------------

@@ -405,6 +405,7 @@ async def test_callbacks_that_outlive_their_life_are_of_no_concern_to_the_next(
     await opening
     await asyncio.sleep(0.2)
     assert manager.pool.counts() == {"total": 1, "in_use": 0, "idle": 1, "max": 2, "waiting": 0}
+    assert manager.snapshot().connecting == 0
 
 
 async def test_reopening_after_the_server_ended_the_sessions(

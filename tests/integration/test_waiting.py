@@ -19,6 +19,7 @@ import pytest
 from poolkeeper import PoolManager
 from poolkeeper._binding import LoopBinding
 from poolkeeper._waiting import READ, READABLE, WRITABLE, WRITE, Wire
+from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.server import admin, kill_sessions
 
@@ -82,7 +83,7 @@ async def test_an_idle_session_that_is_ended_keeps_nobody_busy(
     await db.open()
     await asyncio.gather(*(db.fetchval("select pg_sleep(0.05)") for _ in range(3)))
     assert await asyncio.to_thread(kill_sessions, dsn, "ended_idle") == 3
-    await until(lambda: not any(c._session.is_quiet() for c in db.pool._idle))
+    await until(lambda: not any(c._session.is_quiet() for c in life(db.pool).idle))
     await asyncio.sleep(0.05)
     assert await busy_for(0.5) < 50
     assert await db.fetchval("select 42") == 42
@@ -189,7 +190,7 @@ async def test_a_query_whose_connection_another_task_closes_ends_at_once(
             conn.pgconn.finish()
             # The server has been told, and ends its side when the query does.
             await asyncio.to_thread(
-                admin, db.pool._settings["conninfo"], "select pg_terminate_backend(pid) from"
+                admin, db.pool.conninfo, "select pg_terminate_backend(pid) from"
                 " pg_stat_activity where query = 'select pg_sleep(30)'"
             )  # fmt: skip
         async with asyncio.timeout(10):

@@ -24,8 +24,9 @@ import pytest
 
 from poolkeeper import AcquireTimeout, PoolManager
 from poolkeeper._connection import RetiredConnection
-from poolkeeper._pool import State
+from poolkeeper._life import State
 from poolkeeper._session import Session
+from tests.support.inside import life
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -221,7 +222,7 @@ class Simulator:
 
     def _watch_line(self) -> None:
         """See to it that nobody is served while somebody who came before still waits."""
-        line = self.pool._line
+        line = life(self.pool).line
         append, offer = line.append, type(line).offer
 
         class Watched(type(line)):  # type: ignore[misc]
@@ -244,16 +245,18 @@ class Simulator:
         pool = self.pool
         if pool.state is not State.OPEN:
             return  # what is left of a life is about to go
-        idle = [conn._session for conn in pool._idle]
-        held = [checkout.session for checkout in pool._ledger.held]
-        between = [who for who in pool._between._steps if isinstance(who, Session)]
+        idle = [conn._session for conn in life(pool).idle]
+        held = [checkout.session for checkout in life(pool).ledger.held]
+        between = [who for who in life(pool).between._steps if isinstance(who, Session)]
         handed = [
-            waiter.future.result()._session for waiter in pool._line._called if waiter.was_served()
+            waiter.future.result()._session
+            for waiter in life(pool).line._called
+            if waiter.was_served()
         ]
         there = [*idle, *held, *between, *handed]
         assert len(set(there)) == len(there), "a connection is in two places"
         now = pool.snapshot()
-        making = pool._connector.pending
+        making = life(pool).connector.pending
         assert now.total == now.in_use + now.idle + now.returning + now.checking == len(there)
         assert (now.in_use, now.idle, now.making) == (len(held), len(idle), making)
         assert now.returning + now.checking == len(between) + len(handed)
@@ -264,7 +267,7 @@ class Simulator:
         # an attempt is about to put it there.
         nowhere = {
             session
-            for session in pool._sessions
+            for session in life(pool).sessions
             if session.in_pool
             and session.pgconn.status == OK
             and session.handle is not None
@@ -272,11 +275,10 @@ class Simulator:
         } - set(there)
         assert len(nowhere) <= making, "a connection is in no place"
         assert now.total + making <= self.most
-        wanted = pool._connector.wanted
-        assert now.total + wanted <= pool._nconns <= now.total + wanted + making
+        assert life(pool).made == now.total
         assert all(session.checkout is None for session in idle)
-        assert all(c.session.checkout is c for c in pool._ledger.held)
-        if pool._line:
+        assert all(c.session.checkout is c for c in life(pool).ledger.held)
+        if life(pool).line:
             assert not idle, "somebody waits while a connection is idle"
 
     async def run(self, steps: int) -> None:
@@ -303,11 +305,13 @@ class Simulator:
             self.give_back()
             await asyncio.sleep(0.001)
             self.books()
-        await self._until(lambda: not self.pool._returning and not self.pool._connector.wanted)
+        await self._until(
+            lambda: not life(self.pool).tasks.running and not life(self.pool).connector.wanted
+        )
         self.books()
         counts = self.pool.counts()
         assert counts["in_use"] == counts["waiting"] == 0
-        assert counts["idle"] == self.pool._nconns >= self.pool.min_size
+        assert counts["idle"] == life(self.pool).total >= self.pool.min_size
         # Every one of them can be had, and works; so can as many more as there may be.
         conns = [await self.pool.getconn(10) for _ in range(self.pool.max_size)]
         for conn in conns:
@@ -324,12 +328,12 @@ class Simulator:
                 await asyncio.sleep(0.002)
 
     async def close(self) -> None:
+        over = life(self.pool)
         await self.db.close(timeout=5)
-        pool = self.pool
-        assert not pool._ledger.held
-        assert not pool._line
-        assert not pool._idle
-        assert not pool._returning
+        assert not over.ledger.held
+        assert not over.line
+        assert not over.idle
+        assert not over.tasks.running
         await self._until(lambda: not self._sessions())
         self.admin.close()
 

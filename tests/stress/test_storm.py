@@ -19,6 +19,7 @@ import pytest
 
 from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
+from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin
 
@@ -189,10 +190,10 @@ async def test_a_storm_leaves_nothing_behind_and_nothing_missing(
 
         # The books balance, by themselves, and the pool is at its minimum at least.
         await pool.resize(4, SIZE)
-        await until(lambda: not pool._returning and not pool._connector.wanted)
+        await until(lambda: not life(pool).tasks.running and not life(pool).connector.wanted)
         counts = pool.counts()
         assert counts["in_use"] == counts["waiting"] == 0
-        assert 4 <= counts["idle"] == pool._nconns <= SIZE
+        assert 4 <= counts["idle"] == life(pool).total <= SIZE
 
         # Every connection can be had, and works.
         conns = [await pool.getconn(10) for _ in range(SIZE)]

@@ -11,6 +11,7 @@ from typing import Any
 from psycopg import pq
 
 from poolkeeper import PoolManager
+from tests.support.inside import life
 
 
 class Wire:
@@ -45,7 +46,7 @@ class Wire:
 @contextmanager
 def wire_of(db: PoolManager[Any]) -> Iterator[Wire]:
     """Trace the session of *db*, which has one and has it idle."""
-    (idle,) = db.pool._pool
+    (idle,) = life(db.pool).idle
     with wire_of_session(idle.pgconn) as wire:
         yield wire
 

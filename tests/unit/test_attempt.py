@@ -277,7 +277,7 @@ def test_a_fault_of_the_program_is_permanent_one_of_the_system_is_not(
 )
 def test_what_a_function_of_the_users_raises_is_not_read(error: Exception, permanent: bool) -> None:
     attempt = Attempt()
-    attempt.is_at("in the conninfo function", raised)
+    attempt.now("in the conninfo function", raised)
     failure = raised(error, attempt)
     assert failure.is_permanent is permanent
     assert failure.words.startswith("the conninfo function (")
@@ -313,7 +313,7 @@ def test_a_function_that_does_not_return_is_named_and_not_the_server() -> None:
     failure = attempt.silence(4.0)
     assert failure.words == "no answer from the server for 4.0 s"
     assert (failure.kind, failure.is_permanent) == (_attempt.SILENT, False)
-    attempt.is_at("in the kwargs function", raised)
+    attempt.now("in the kwargs function", raised)
     failure = attempt.silence(4.0)
     assert failure.words.startswith("the kwargs function (tests/unit/test_attempt.py:")
     assert failure.words.endswith(" in raised) has not returned for 0.0 s")

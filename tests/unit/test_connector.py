@@ -132,6 +132,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     server = Server()
     monkeypatch.setattr("poolkeeper._recovery.monotonic", server.loop.time)
     monkeypatch.setattr("poolkeeper._attempt.monotonic", server.loop.time)
+    monkeypatch.setattr("poolkeeper._between.monotonic", server.loop.time)
     yield server
     tasks = server.connector.stop()
     await settle()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import shutil
 from pathlib import Path
@@ -11,18 +9,13 @@ from pathlib import Path
 import psycopg_pool
 import pytest
 
-from poolkeeper import _compat, _pool
+from poolkeeper import BoundPool, _compat
+from poolkeeper._life import Pool
 from tests.support.programs import run_program
 
 RENAMED = {
-    "_maybe_grow_pool": "pool_async.py",  # a method
-    "_nconns_min": "base.py",  # an attribute of each pool
-    "_sched": "pool_async.py",  # of one that is open
-    "_expire_at": "base.py",  # of its connections
-    "_CONNECTIONS_LOST": "base.py",
-    "AddConnection": "pool_async.py",  # a class
-    "AEvent": "_acompat.py",
-    "_event": "sched_async.py",
+    "max_lifetime": "base.py",  # a parameter of the constructor, and an attribute
+    "reconnect_failed": "pool_async.py",  # a method
     "open": "pool_async.py",  # a parameter of the constructor, and a method
 }
 
@@ -55,24 +48,12 @@ def test_an_import_beside_one_that_lacks_a_name_says_so(name: str, tmp_path: Pat
     assert 'pip install "psycopg-pool>=3.3.2,<3.4"' in hint
 
 
-def names(module: object, of: str) -> set[str]:
-    """Return the attributes of the variable *of* in the source of *module*."""
-    return {
-        node.attr
-        for node in ast.walk(ast.parse(inspect.getsource(module)))  # type: ignore[arg-type]
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == of
-    }
-
-
 def test_every_name_that_is_used_is_looked_for() -> None:
-    """Of pools, in the one module that uses their internals, and of the class in the other."""
-    inherited = set(dir(psycopg_pool.AsyncConnectionPool)) & names(_pool, "self")
-    used = names(_compat, "pool") | (names(_compat, "conn") - {"_pool"}) | inherited
-    looked_for = {*_compat.NEEDED, *(name for set_by in _compat.SET_BY.values() for name in set_by)}
-    replaced = {name for name in used if name in vars(_pool.BoundPool)}
-    assert used - looked_for - replaced == set()
+    """What the pool overrides, and what its rooms read of it."""
+    theirs = {name for name in dir(psycopg_pool.AsyncConnectionPool) if not name.startswith("_")}
+    overridden = theirs & vars(BoundPool).keys()
+    read = {name for name in vars(Pool) | Pool.__annotations__ if not name.startswith("_")}
+    assert overridden | read - {"life", "options", "take_back_dropped"} <= {*_compat.NEEDED}
 
 
 def test_nothing_is_missing_from_the_one_that_is_installed() -> None:

@@ -1,0 +1,298 @@
+"""
+Acquiring: from the question for a connection to the record of a checkout.
+
+`take()` is what every request pays: one function, no await. Where nothing is free, or it must be
+looked at first, `wait_for_connection()` goes on: in the line, first come first served, and with a
+look at each connection that is handed over. A waiter that goes, at its timeout or because it is
+cancelled, costs nothing: what it was handed in that very turn is passed on.
+
+Who is refused is told why, in words that are found when somebody reads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import _get_running_loop, current_task
+from functools import partial
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+from . import _facts, _reporting
+from ._checkouts import Checkout, Waiter
+from ._life import Life, closed_error
+from ._moment import Moment
+from ._session import Session
+from ._stock import help_growth
+from ._watching import answers
+from ._where import Behalf, Code, function_of, site
+from .errors import AcquireTimeout, SelfDeadlockError, TooManyWaitersError, see
+
+LONGEST = 1e9
+"""Seconds that the longest wait may take: for ever."""
+
+FRESH = 0.001
+"""Seconds for which a connection that was heard of, or looked at, is not looked at again."""
+
+ASKED = 0.25
+"""Seconds that an acquire without a timeout waits for an idle connection that is being asked."""
+
+TRIED = 0.5
+"""Seconds that an acquire without a timeout goes on to try idle ones, if `check` refuses some."""
+
+
+def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: bool) -> Any:
+    """
+    Acquire a connection that is free, sound and needs no check; None if that takes waiting.
+
+    Args:
+        life: The pool's, or what stands in its place.
+        frame: Where it is asked for.
+        lineno: At which line of it.
+        structured: True if a block of the calling task's own will give it back.
+
+    Raises:
+        LoopMismatchError, NotOpenError, ClosedError: As `getconn()`.
+    """
+    # The one question: a loop that has no pool, and a pool that has no loop, are never the same.
+    loop = _get_running_loop()
+    if loop is None or loop is not life.binding.admits():
+        life.check_usable("acquire a connection")
+    life.counters.requests += 1
+    idle = life.idle
+    if not idle or life.line or life.check is not None:
+        return None
+    conn: Any = idle[0]
+    session: Session = conn._session
+    now = monotonic()
+    if now - session.heard_at > FRESH:
+        if not session.is_quiet():
+            return None
+        session.heard_at = now
+    idle.popleft()
+    if len(idle) < life.idle_low:
+        life.idle_low = len(idle)
+    return _check_out(life, conn, session, frame, lineno, structured, now)
+
+
+def _check_out(
+    life: Life,
+    conn: Any,
+    session: Session,
+    frame: FrameType | Behalf,
+    lineno: int,
+    structured: bool,
+    now: float,
+) -> Any:
+    task: Any = current_task()
+    checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
+    session.checkout = conn._checkout = checkout
+    conn._pool = life.pool
+    if life.leak_threshold is None:
+        life.held[checkout] = None
+    else:
+        life.ledger.begins(checkout, frame.f_back if isinstance(frame, Behalf) else frame)
+    return conn
+
+
+async def wait_for_connection(
+    life: Life, timeout: float | None, frame: FrameType | Behalf, lineno: int, structured: bool
+) -> Any:
+    """Acquire a connection when `take()` had none."""
+    if timeout is None:
+        timeout = life.pool.timeout
+    began = monotonic()
+    deadline = began + min(LONGEST, timeout)  # it may be infinite, or NaN
+    code = frame.f_code
+    joined = 0.0
+    refused = 0
+    tries = len(life.idle)
+    while True:
+        if life.ending:
+            life.check_usable("acquire a connection")
+        conn: Any
+        if life.idle and not life.line:
+            conn = life.take_idle()
+        else:
+            conn = await _wait_in_line(life, timeout, deadline, code, lineno, joined)
+        joined = began
+        session: Session = conn._session
+        now = monotonic()
+        fresh = now - session.heard_at <= FRESH
+        if fresh or session.is_quiet() or await answers(life, conn, deadline):
+            session.heard_at = now
+            check = life.check
+            look = check and life.checks.accepts(check, conn, refused, deadline)
+            if look is None or await look:
+                life.between.end(session)
+                return _check_out(life, conn, session, frame, lineno, structured, now)
+            refused += 1
+            if (now := monotonic()) >= deadline and not (
+                # Each of those that are free now is one that it may have.
+                life.idle and refused < tries and now < began + TRIED
+            ):
+                life.counters.count("requests_errors")
+                raise _refusal(life, timeout, now - began, code, lineno, look.moment)
+
+
+async def _wait_in_line(
+    life: Life, timeout: float, deadline: float, code: Code, lineno: int, joined: float
+) -> Any:
+    """
+    Wait until a connection is handed over.
+
+    Args:
+        life: The pool's.
+        timeout: Seconds that the task was to wait.
+        deadline: Until when.
+        code: Where it asks.
+        lineno: At which line of it.
+        joined: When it joined, if it was handed one that is no good; 0.0 if it joins now.
+    """
+    line = life.line
+    if life.pool.max_waiting and len(line) >= life.pool.max_waiting and not joined:
+        life.counters.count("requests_errors")
+        raise _too_many(life)
+    comes_back = life.asked_idle > len(line)  # what a readiness probe has taken, say
+    now = monotonic()
+    if deadline <= now and comes_back:
+        deadline = now + ASKED
+    elif deadline <= now:
+        life.counters.count("requests_errors")
+        raise _refusal(life, timeout, now - joined if joined else None, code, lineno)
+    waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
+    if life.ledger.completes_deadlock(waiter.task, line, life.max_size, timeout):
+        waiter.suspected = waiter.since
+    if joined:
+        waiter.since = joined
+        line.rejoin(waiter)
+    else:
+        line.append(waiter)
+    life.counters.queued += 1
+    if not comes_back and (life.made < life.max_size or life.connector.wanted):
+        help_growth(life)
+    life.clock.watch(waiter)
+    try:
+        conn = await waiter.future
+        line.leave(waiter)
+    except BaseException:
+        line.leave(waiter)
+        if waiter.was_served():
+            # Cancelled in the same turn of the loop in which it was served.
+            life.give(waiter.future.result())
+        life.counters.count("requests_errors")
+        raise
+    finally:
+        life.clock.forget(waiter)
+        life.counters.wait_seconds += monotonic() - now
+    if life.ending:
+        conn._session.finish()
+        raise closed_error(life.name, life.state, life.opened)
+    return conn
+
+
+# --- those who are refused ---------------------------------------------------------------------
+
+
+def _too_many(life: Life) -> TooManyWaitersError:
+    waiting = len(life.line)
+    tasks_wait = "1 task waits" if waiting == 1 else f"{waiting} tasks wait"
+    return TooManyWaitersError(
+        f'cannot wait for a connection from pool "{life.name}": {tasks_wait} already',
+        detail=f"{_reporting.numbers(life)}. max_waiting={life.pool.max_waiting}.",
+        hint=f"Let the caller try again later. {see('too-many-waiters')}",
+    )
+
+
+def time_out(life: Life, waiters: list[Waiter]) -> None:
+    """Tell all of *waiters* that their time is up, and why."""
+    for waiter in waiters:
+        life.line.leave(waiter)
+    life.ledger.gave_up(len(waiters))
+    moment = _reporting.moment(life, {waiter.task for waiter in waiters})
+    errors = [
+        _acquire_timeout(life, waiter.timeout, moment.when - waiter.since, moment)
+        for waiter in waiters
+    ]
+    for waiter, error in zip(waiters, errors, strict=True):
+        waiter.refuse(error)
+    # When all are told: a filter or handler of the user's may raise.
+    first = waiters[0]
+    life.storm.goes_on(
+        errors[0],
+        len(errors),
+        timeout_seconds=first.timeout,
+        task=first.task.get_name() if first.task else "",
+        site=site(first.code, first.lineno),
+        function=function_of(first.code),
+    )
+
+
+def _refusal(
+    life: Life,
+    timeout: float,
+    waited: float | None,
+    code: Code,
+    lineno: int,
+    moment: Moment | None = None,
+) -> AcquireTimeout:
+    """
+    Return why an acquire fails that is not in line; it is logged.
+
+    Args:
+        life: The pool's.
+        timeout: How long it was to wait.
+        waited: How long it did, in line; None if it never was.
+        code: Where it asks.
+        lineno: At which line of it.
+        moment: When its time was up; None if that is now.
+    """
+    moment = moment or _recent_moment(life)
+    error = _acquire_timeout(life, timeout, max(0.0, timeout) if waited is None else waited, moment)
+    task = current_task()
+    life.storm.goes_on(
+        error,
+        1,
+        timeout_seconds=timeout,
+        task=task.get_name() if task else "",
+        site=site(code, lineno),
+        function=function_of(code),
+    )
+    return error
+
+
+def _recent_moment(life: Life) -> Moment:
+    moment = life.last_moment
+    # Who tries again and again would spend more time on the reasons than on the tries.
+    if (
+        moment is None
+        or monotonic() - moment.when > FRESH
+        or not moment.is_of(_reporting.counts(life), life.ledger.last_began)
+    ):
+        moment = life.last_moment = _reporting.moment(life)
+    return moment
+
+
+def _acquire_timeout(life: Life, timeout: float, waited: float, moment: Moment) -> AcquireTimeout:
+    """Return why an acquire has failed, in words that are found when they are read."""
+    error = AcquireTimeout.told_later(partial(moment.account, timeout, waited))
+    cause = life.connector.last_error or life.checks.refusals.error
+    if cause is not None:
+        error.__cause__ = cause.with_traceback(None)
+    return error
+
+
+def end_deadlock(life: Life, waiter: Waiter) -> None:
+    """Tell the one who completed a self-deadlock, if nobody has stopped waiting since."""
+    if not life.ledger.deadlock_lasts(life.line, life.max_size, waiter.suspected):
+        return
+    moment = _reporting.moment(life)
+    life.line.leave(waiter)
+    diagnosis = _facts.diagnose(moment.snapshot(moment.when - waiter.since))
+    error = SelfDeadlockError(
+        f'cannot acquire a connection from pool "{life.name}": {diagnosis.summary}',
+        detail=diagnosis.detail,
+        hint=f"{diagnosis.advice} {see('self-deadlock')}",
+        diagnosis=diagnosis,
+    )
+    waiter.refuse(error)

@@ -1,0 +1,250 @@
+"""
+Closing: the end of a life, in order, at a deadline, or because its loop is gone.
+
+New work is refused at once; holders may finish until the deadline, then their queries are
+cancelled and their connections taken away. However it goes, and whoever cancels it, nothing is
+left behind: no session on the server, no task on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from time import monotonic
+from typing import Any, cast
+
+from psycopg import pq
+
+from ._binding import beginning, inherited
+from ._ending import at_work, dismiss, end_session, revoke_session
+from ._life import Life, NoLife, Pool, closed_error
+from ._log import log
+from ._session import Session
+from ._tasks import forget
+from ._waiting import CANCEL_GRACE
+from ._words import in_words
+
+ACTIVE = pq.TransactionStatus.ACTIVE
+
+
+async def close(pool: Pool, timeout: float) -> None:
+    """End the life of *pool*, if it has one: see `BoundPool.close()`."""
+    life = pool.life
+    if isinstance(life, NoLife):
+        return
+    if life.gone:
+        error = life.binding.mismatch("close it")
+        _let_go(life)
+        raise error
+    life.binding.check("close it")
+    if life.ending:
+        await life.until_ended()
+    else:
+        await end(life, timeout, None)
+
+
+async def end(life: Life, timeout: float, failure: BaseException | None) -> None:
+    """End the life; tell those who wait *failure*, or that the pool is closed."""
+    life.begin_to_end()
+    try:
+        await _in_order(life, timeout, failure)
+    finally:
+        # Whatever was raised, of the user's own or not: this life is over.
+        try:
+            _stop_tasks(life)
+            for session in life.sessions:
+                if not at_work(session):
+                    session.finish()
+        finally:
+            # Only now: who opens the pool anew must not meet what is left of this life.
+            life.end()
+
+
+async def _in_order(life: Life, timeout: float, failure: BaseException | None) -> None:
+    farewells = _refuse_new_work(life, failure)
+    interruption: asyncio.CancelledError | None = None
+    begin = monotonic()
+    try:
+        await _until_free(life, begin + timeout)
+        if farewells:
+            await asyncio.wait(farewells, timeout=CANCEL_GRACE)
+    except asyncio.CancelledError as ex:
+        interruption = ex
+    waited = monotonic() - begin
+    late = [f"{one}, held for {one.held_seconds:.1f} s" for one in life.ledger.longest_first()]
+    tasks = _stop_tasks(life)
+    if _active(life):
+        # In a task, so that no cancellation leaves the server at work.
+        stopping = asyncio.create_task(_stop_queries(life), name=f"{life.name}-close")
+        interruption = await _settle(life, [stopping]) or interruption
+    for session in life.sessions:
+        _ignoring_errors(life, revoke_session, life, session)
+        _ignoring_errors(life, end_session, session)
+    for task in tasks:
+        task.cancel()  # once more: psycopg may still be trying to stop a query of its own
+    interruption = await _settle(life, tasks) or interruption
+    if late:
+        log(
+            "closed_late",
+            pool=life.name,
+            waited_seconds=waited,
+            number=len(late),
+            late="; ".join(late),
+        )
+    if interruption is not None:
+        raise interruption
+
+
+def _refuse_new_work(life: Life, failure: BaseException | None) -> list[asyncio.Task[None]]:
+    """Tell all who wait, end what is idle; return the tasks of what the user's own close() does."""
+    refusal = failure or closed_error(life.name, life.state, life.opened)
+    life.line.refuse_all(refusal)
+    life.openers.tell(refusal)
+    if life.question is not None:
+        life.question.refuse("the pool is closing")
+    life.failover.stop()
+    life.checks.end()
+    return [task for conn in life.take_all_idle() if (task := dismiss(life, conn))]
+
+
+def _ignoring_errors(life: Life, step: Callable[..., object], *arguments: object) -> None:
+    """Take a *step* that others shall follow, whatever it raises."""
+    try:
+        step(*arguments)
+    except Exception as ex:
+        log("close_failed", pool=life.name, what="close()", reason=in_words(ex))
+
+
+async def _until_free(life: Life, deadline: float) -> None:
+    """Wait until nobody but the caller holds a connection, or the deadline."""
+    while life.tasks.running or any(
+        session.checkout and not session.checkout.by_this_task for session in life.sessions
+    ):
+        remaining = deadline - monotonic()
+        if remaining <= 0:
+            return
+        await life.tasks.until_freed(remaining)
+
+
+# --- what still runs ------------------------------------------------------------------------------
+
+
+async def _stop_queries(life: Life) -> None:
+    """
+    Cancel what runs, and let its task roll back; within `CANCEL_GRACE`.
+
+    A server does not look for a client that is gone before it has something to send: what
+    is not cancelled goes on, and keeps its session. It forgets a request to cancel that
+    arrives before the query does, so one is not enough; and the query's task may run
+    another one, so at last it is not let.
+    """
+    begin = monotonic()
+    pause = 0.05
+    last = False
+    while not last and (active := _active(life)):
+        elapsed = monotonic() - begin
+        last = elapsed + pause > 0.75 * CANCEL_GRACE
+        until = begin + (CANCEL_GRACE if last else elapsed + pause)
+        requests = [asyncio.create_task(_request_cancel(session)) for session in active]
+        if last:
+            # In this order: to cancel what a revoked connection runs does nothing.
+            for session in life.sessions:
+                asyncio.get_running_loop().call_soon(
+                    _ignoring_errors, life, revoke_session, life, session
+                )
+        await asyncio.wait(requests, timeout=until - monotonic())
+        for request in requests:
+            request.cancel()
+        await asyncio.wait(requests)
+        # libpq has no event for it: the task of the query reads the answer.
+        while monotonic() < until and _active(life):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        pause *= 2
+
+
+def _active(life: Life) -> list[Session]:
+    """Return the sessions that run a query."""
+    return [s for s in life.sessions if s.pgconn.transaction_status == ACTIVE and s.handle]
+
+
+async def _request_cancel(session: Session) -> None:
+    if (handle := session.handle) is not None:
+        with suppress(Exception):
+            await handle.request_cancel(CANCEL_GRACE)
+
+
+def _stop_tasks(life: Life) -> list[asyncio.Task[None]]:
+    """Stop the tasks of this life, which are returned, and close what is idle. Synchronous."""
+    tasks = [*life.tasks.take_all(), *life.connector.stop()]
+    life.clock.stop()
+    life.storm.end()
+    life.checks.stop()
+    if life.leak_timer is not None:
+        life.leak_timer.cancel()
+    if life.slow_callbacks is not None:
+        life.slow_callbacks.stop()
+    for task in tasks:
+        task.cancel()
+    for conn in life.take_all_idle():
+        conn._session.finish()
+    return tasks
+
+
+async def _settle(life: Life, tasks: Iterable[asyncio.Task[None]]) -> asyncio.CancelledError | None:
+    """
+    Wait until *tasks*, which were told to stop, have; return a cancellation met meanwhile.
+
+    None of them can take longer than `CANCEL_GRACE`, but for callbacks of the user's.
+    """
+    interruption: asyncio.CancelledError | None = None
+    pending: set[asyncio.Task[None]] = {task for task in tasks if not task.done()}
+    until = monotonic() + 2 * CANCEL_GRACE
+    while pending and (remaining := until - monotonic()) > 0:
+        try:
+            _, pending = await asyncio.wait(pending, timeout=remaining)
+        except asyncio.CancelledError as ex:
+            interruption = ex
+            pending = {task for task in pending if not task.done()}
+    if pending:
+        names = ", ".join(sorted(task.get_name() for task in pending))
+        log("tasks_left", pool=life.name, tasks=names)
+    return interruption
+
+
+# --- a life whose loop is gone --------------------------------------------------------------------
+
+
+def _let_go(life: Life) -> None:
+    """Abandon a life whose loop is dead, unless another thread has just begun a new one."""
+    with beginning():
+        if life.pool.life is life:
+            abandon(life)
+
+
+def abandon(life: Life) -> None:
+    """
+    Let go of a life whose loop will never run again, or that is another process's.
+
+    In the same process the sessions are ended, which needs no loop. In a forked child nothing
+    is touched, and all of it is kept: to close or finalise it would be to write into the
+    parent's sessions and its selector.
+    """
+    life.begin_to_end()
+    sessions = list(life.sessions)
+    tasks = [*life.tasks.take_all(), *life.connector.abandon()]
+    if life.slow_callbacks is not None:
+        life.slow_callbacks.stop()
+    for task in tasks:
+        forget(task)
+    if life.binding.forked:
+        inherited.append((life, sessions, tasks, life.take_all_idle()))
+    else:
+        for session in sessions:
+            revoke_session(life, session)
+            session.pgconn.finish()  # who waits on its wire waits on a loop that is closed
+        for task in tasks:
+            # Its awaits end in "Event loop is closed".
+            with suppress(BaseException):
+                cast(Any, task.get_coro()).close()
+    life.end()

@@ -1,0 +1,171 @@
+"""
+How a checkout ends, and how a connection does.
+
+Whoever ends a session here has taken it from the idle ones, or from its holder, before. To end
+one is never to wait for the server, but for a ``close()`` of the user's own, which is called in a
+task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from psycopg import pq
+
+from . import _compat
+from ._checkouts import Checkout
+from ._connection import BoundConnection, RetiredConnection
+from ._life import Life
+from ._log import log
+from ._session import Session, remains, retire, revoke, shut_down
+from ._waiting import CANCEL_GRACE
+from ._where import Place
+from ._words import in_words
+
+IDLE = pq.TransactionStatus.IDLE
+ACTIVE = pq.TransactionStatus.ACTIVE
+BAD = pq.ConnStatus.BAD
+
+
+def end_checkout(life: Life, session: Session, checkout: Checkout) -> float:
+    """Strike a checkout out, and return the time."""
+    now = monotonic()
+    life.ledger.ends(checkout, now)
+    session.checkout = checkout.session = None
+    if checkout.structured:
+        life.counters.usage_seconds += now - checkout.since
+    if checkout.reported:
+        log("suspected_leak_returned", checkout.facts(), pool=life.name)
+    return now
+
+
+# --- of a connection that nobody holds -----------------------------------------------------------
+
+
+def dismiss(life: Life, conn: Any) -> asyncio.Task[None] | None:
+    """End a connection that nobody holds; return the task of a close() of the user's own."""
+    conn._session.in_pool = False
+    if conn.closes_like_psycopg:
+        conn._session.finish()
+        return None
+    return life.tasks.start(partial(end_connection, life, conn), "close")
+
+
+async def end_connection(life: Life, conn: Any) -> None:
+    """End a connection that nobody holds, whatever its ``close()`` raises."""
+    conn._session.in_pool = False
+    try:
+        _compat.set_owner(conn, None)  # close_returns is not meant here
+        await conn.close()
+    except Exception as ex:
+        what = "close() of a connection"
+        log("close_failed", pool=life.name, what=what, reason=in_words(ex))
+    finally:
+        end_session(conn._session)
+
+
+def end_session(session: Session) -> None:
+    """Close the socket, or let the task that is at work on it find that it is closed."""
+    if at_work(session):
+        # Closing the socket would free its descriptor under the event loop's feet; shut
+        # down, it reads as closed by the server.
+        shut_down(session.pgconn)
+    else:
+        session.finish()
+
+
+def at_work(session: Session) -> bool:
+    """Tell whether a task is at work on the socket of *session*, so that the loop watches it."""
+    handle = session.handle
+    return handle is not None and session.pgconn.status != BAD and handle.at_work
+
+
+# --- of one that is taken from somebody ----------------------------------------------------------
+
+
+def lost(life: Life, session: Session) -> None:
+    """Make a connection in place of *session*, which is gone."""
+    if session in life.between:
+        life.between.end(session)
+        replace(life)
+
+
+def replace(life: Life) -> None:
+    """Make a connection in place of one that is gone, unless the life is about to be over."""
+    if not life.ending:
+        life.made -= 1
+        life.connector.add()
+
+
+def discard_busy(life: Life, conn: BoundConnection) -> None:
+    """
+    End a connection that comes back while another task is at work on it.
+
+    It may be idle as the server sees it (that task waits for notifications), and must not
+    be handed on nevertheless: two tasks would read from one socket.
+    """
+    session = conn._session
+    conn._given_back = Place.here()
+    assert session.checkout is not None
+    log("connection_busy", session.checkout.facts(), pool=life.name)
+    end_checkout(life, session, session.checkout)
+    _compat.set_owner(conn, None)
+    last = remains(conn)
+    retire(conn)
+    life.between.begin(session, "returning", "stopping the query of another task")
+    life.counters.count("returns_bad")
+    if session.pgconn.transaction_status == ACTIVE:
+        # The server has it until the query ends: there shall not be one more meanwhile.
+        stopping = life.tasks.start(partial(_end_query, last))
+        stopping.add_done_callback(lambda _: lost(life, session))
+    else:
+        # Not closed: see end_session().
+        shut_down(session.pgconn)
+        lost(life, session)
+    life.tasks.note_freed()
+
+
+def revoke_session(life: Life, session: Session) -> None:
+    """Take a connection from whoever uses it."""
+    handle, pgconn = session.handle, session.pgconn
+    if session.checkout is not None:
+        end_checkout(life, session, session.checkout)
+    if handle is None or isinstance(handle, RetiredConnection):
+        return
+    if pgconn.status != BAD:
+        handle._lost_work = pgconn.transaction_status != IDLE
+    revoke(handle)
+
+
+async def _end_query(conn: BoundConnection) -> None:
+    """
+    Let the server stop what runs on a connection, which goes on there otherwise; end it.
+
+    It forgets a request to cancel that arrives before the query does, so one is not enough: ask
+    until it answers, within `CANCEL_GRACE`.
+    """
+    pgconn = conn.pgconn
+    until = monotonic() + CANCEL_GRACE
+    pause = 0.01
+    try:
+        unanswered = pgconn.transaction_status == ACTIVE
+        while unanswered and (left := until - monotonic()) > 0:
+            with suppress(Exception):
+                await conn.request_cancel(left)
+            ask_again = min(until, monotonic() + pause)
+            # libpq has no event for it: the task of the query, if it still reads, has the answer.
+            while (unanswered := _is_unanswered(conn)) and monotonic() < ask_again:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            pause *= 2
+    finally:
+        if pgconn.status != BAD:
+            shut_down(pgconn)
+
+
+def _is_unanswered(conn: BoundConnection) -> bool:
+    """Tell whether a query runs, of which the server has said nothing that was not read yet."""
+    return conn.pgconn.transaction_status == ACTIVE and conn._session.is_quiet()

@@ -1,0 +1,352 @@
+"""
+`Life`: what there is of a pool from `open()` to `close()`, and nothing else.
+
+Opening makes one, ending throws it away; nothing is reset. So nothing of an old loop can reach
+a new one, and what outlives its life (a callback of the user's that does not end) changes
+nothing in the next.
+
+A life has no behaviour of its own but for what every room needs: it says where each connection
+is. What happens to a connection is in the modules that take a life. Where there is none, `NoLife`
+stands in its place, and refuses everything with the right words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from ._between import Between
+from ._binding import LoopBinding
+from ._checking import Checks
+from ._checkouts import Ledger, Line, LineClock, SlowCallbacks
+from ._classes import BoundClasses
+from ._cleaning import Cleaner
+from ._counters import Counters
+from ._failover import Failover
+from ._health import Question
+from ._moment import Moment
+from ._recovery import Connector
+from ._session import Session
+from ._storm import Storm
+from ._tasks import Tasks, set_done
+from ._where import Place
+from .errors import ClosedError, NotOpenError, see
+
+ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
+
+
+class State(StrEnum):
+    """Where a pool is in its life."""
+
+    NEW = "new"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Options(NamedTuple):
+    """What a pool was made with, beside what psycopg_pool keeps of it."""
+
+    min_size: int
+    max_size: int
+    configure: ConnectionCallback | None
+    check: ConnectionCallback | None
+    reset: ConnectionCallback | Literal["discard"] | None
+    application_name: str | None
+    leak_threshold: float | None
+
+
+class Pool(Protocol):
+    """What a life asks of the pool that it is of; psycopg_pool's public attributes."""
+
+    name: str
+    conninfo: Any
+    kwargs: Any
+    connection_class: Any
+    close_returns: bool
+    timeout: float
+    max_waiting: int
+    max_lifetime: float
+    max_idle: float
+    reconnect_timeout: float
+    num_workers: int
+    options: Options
+    life: Life | NoLife
+
+    async def reconnect_failed(self) -> None:
+        """Tell the user that an outage lasts."""
+        ...
+
+    def take_back_dropped(self, conn: Any) -> None:
+        """Take a connection back that was garbage-collected and not closed."""
+        ...
+
+
+class Openers:
+    """
+    Who waits until a pool is open.
+
+    Attributes:
+        until: When the last of them gives up.
+        unawaited: True if the pool is wanted by somebody who does not wait for it, or not any
+            more: it is not closed because of those who do.
+    """
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.unawaited = False
+        self._waiting: set[asyncio.Future[BaseException | None]] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def join(self, until: float) -> asyncio.Future[BaseException | None]:
+        """Wait until then: the result is None, or why it is in vain."""
+        opener: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(opener)
+        self.until = max(self.until, until)
+        return opener
+
+    def leave(self, opener: asyncio.Future[BaseException | None]) -> None:
+        """Wait no more."""
+        self._waiting.discard(opener)
+
+    def tell(self, failure: BaseException | None) -> None:
+        """Tell all that the pool is open, or why it will not be."""
+        for opener in self._waiting:
+            if not opener.done():
+                opener.set_result(failure)
+
+
+class Life:
+    """
+    One life of a pool. Its parts are synchronous, and belong to its loop.
+
+    Args:
+        pool: The pool.
+        binding: The loop and the process that opened it.
+        tasks: The tasks of this life.
+    """
+
+    # Made by whoever opens the pool, for each of them is told what to call.
+    classes: BoundClasses
+    connector: Connector
+    clock: LineClock
+    checks: Checks
+    failover: Failover
+    storm: Storm
+
+    def __init__(self, pool: Pool, binding: LoopBinding, tasks: Tasks) -> None:
+        options = pool.options
+        self.pool = pool
+        self.name = pool.name
+        self.binding = binding
+        self.tasks = tasks
+        self.state = State.OPENING
+        self.ending = False
+        """True from the beginning of `close()` on."""
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.openers = Openers()
+        self.configure = options.configure
+        self.check = options.check
+        self.reset = options.reset
+        self.application_name = options.application_name
+        self.leak_threshold = options.leak_threshold
+
+        # The connections: how many, and which of them are idle, the next to be taken first.
+        self.min_size, self.max_size = options.min_size, options.max_size
+        self.made = 0
+        """How many there are, in whosever hands; the connector knows those to come."""
+        self.prepared = 0
+        """How many were made since the pool was opened."""
+        self.idle: deque[Any] = deque()
+        self.idle_low = self.min_size
+        """How few were idle at once, since it was looked at whether the pool can shrink."""
+        self.growing = False
+        """True while one is made because somebody waits; there is one such at a time."""
+        self.oversized = False
+        """True while there may be more than `max_size`, for that was lowered."""
+        self.asked_idle = 0
+        """How many that were idle are being asked, and are nobody's else."""
+        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+        # Those who wait, those who hold, and what is in between.
+        self.line = Line()
+        self.ledger = Ledger(self.leak_threshold)
+        self.held = self.ledger.held
+        self.between = Between()
+        self.cleaner = Cleaner(self.name, self.configure, self.reset == "discard", self.between.now)
+
+        # What is known of it.
+        self.counters = Counters()
+        self.slow_callbacks: SlowCallbacks | None = None
+        self.leak_timer: asyncio.TimerHandle | None = None
+        self.last_moment: Moment | None = None
+        self.outage_told = False
+        self.question: Question | None = None
+        """The last one that `check()` of the manager has asked."""
+
+    @property
+    def total(self) -> int:
+        """How many connections there are, and are to be made."""
+        return self.made + self.connector.wanted
+
+    @property
+    def opened(self) -> Place:
+        """Where the pool was opened."""
+        return self.binding.opened
+
+    def note_idle_low(self) -> None:
+        """Note how few are idle, one having been taken: the pool can shrink by no more."""
+        if len(self.idle) < self.idle_low:
+            self.idle_low = len(self.idle)
+
+    def take_idle(self) -> Any:
+        """Take the next idle connection."""
+        conn = self.idle.popleft()
+        self.note_idle_low()
+        return conn
+
+    def take_all_idle(self) -> list[Any]:
+        """Take all the idle connections; for a moment, which does not count as use."""
+        idle = list(self.idle)
+        self.idle.clear()
+        return idle
+
+    def give(self, conn: Any) -> None:
+        """Hand a clean connection to the task that waited longest, or keep it."""
+        if not self.line or not self.line.offer(conn):
+            self.idle.append(conn)
+
+    @property
+    def has_minimum(self) -> bool:
+        """True if there are `min_size` connections, in whosever hands."""
+        return self.made >= self.min_size
+
+    def note_made(self) -> None:
+        """Let the pool be open, and tell who waits for it, if there are enough."""
+        if self.state is State.OPENING and self.prepared >= self.min_size:
+            self.state = State.OPEN
+        if self.openers and self.state is State.OPEN and self.has_minimum:
+            self.openers.tell(None)
+
+    # --- whether it may be used ---------------------------------------------------------------
+
+    @property
+    def forked(self) -> bool:
+        """True in a process forked from the one that opened the pool."""
+        return self.binding.forked
+
+    @property
+    def gone(self) -> bool:
+        """True when nobody can run on its loop any more, from this process."""
+        return self.binding.dead
+
+    def check_usable(self, purpose: str) -> None:
+        """Return if the pool may be used here and now for *purpose*, raise otherwise."""
+        self.binding.check(purpose)
+        if self.ending:
+            raise closed_error(self.name, State.CLOSING, self.opened, purpose)
+
+    def out_of_service(self, purpose: str) -> str | None:
+        """Do as `check_usable()`, but return in words that it is not open."""
+        self.binding.check(purpose)
+        return "the pool is closing" if self.ending else None
+
+    def begin_to_end(self) -> None:
+        """Admit nobody any more; what there is goes on to its end."""
+        self.state = State.CLOSING
+        self.ending = True
+        self.binding.admit_nobody()
+
+    async def until_ended(self) -> None:
+        """Wait for the end of a `close()` that is under way."""
+        await asyncio.shield(self.ended)
+
+    def end(self) -> None:
+        """Be over: the pool has no life from here on."""
+        self.state = State.CLOSED
+        self.between.clear()
+        self.pool.life = NoLife(self.pool, State.CLOSED, self)
+        if not self.gone:
+            set_done(self.ended)
+
+
+class NoLife:
+    """
+    Stands for the life of a pool that has none: it refuses everything with the right words.
+
+    Args:
+        pool: The pool.
+        state: `State.NEW` or `State.CLOSED`.
+        before: Its last life.
+    """
+
+    ending = True
+
+    def __init__(self, pool: Pool, state: State, before: Life | None = None) -> None:
+        self.name = pool.name
+        self.state = state
+        self.binding = _NOBODY
+        self.min_size, self.max_size = pool.options.min_size, pool.options.max_size
+        self.last = before.binding if before is not None else None
+        self.counters = before.counters if before is not None else Counters()
+
+    @property
+    def forked(self) -> bool:
+        """True if a parent process opened the pool last."""
+        return self.last is not None and self.last.forked
+
+    @property
+    def opened(self) -> Place | None:
+        """Where the pool was opened last."""
+        return self.last.opened if self.last is not None else None
+
+    def check_usable(self, purpose: str) -> None:
+        """
+        Refuse it.
+
+        Raises:
+            NotOpenError, ClosedError: Always.
+        """
+        if self.state is State.CLOSED:
+            raise closed_error(self.name, self.state, self.opened, purpose)
+        raise NotOpenError(
+            f'pool "{self.name}" is not open',
+            detail=f"Used {Place.here()} to {purpose}, before any open().",
+            hint='Open it first: "async with manager:" or "await manager.open()", in the'
+            " start-up hook of the framework. Test clients that skip the lifespan skip"
+            f" that too. {see('not-open')}",
+        )
+
+    def out_of_service(self, _purpose: str) -> str:
+        """Return in words that it is not open."""
+        return "the pool is closed" if self.state is State.CLOSED else "the pool is not open"
+
+
+class _Nobody:
+    """Stands for the binding of a pool that has no life."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def admits() -> object:
+        return _NOBODY
+
+
+_NOBODY = _Nobody()
+
+
+def closed_error(name: str, state: State, opened: Place | None, purpose: str = "") -> ClosedError:
+    """Return the error that says that the pool is closed, or about to be."""
+    used = f" Used {Place.here()} to {purpose}." if purpose else ""
+    return ClosedError(
+        f'pool "{name}" is {state.value}',
+        detail=f"Opened {opened}.{used}" if opened else used,
+        hint=f"open() opens it again. {see('closed')}",
+    )

@@ -1,0 +1,144 @@
+"""
+Opening: one life begins, is put together, and is waited for until it has its connections.
+
+Of threads and tasks that open one pool at once, one begins the life; all who wait are told the
+same. An `open()` that fails or is cancelled ends the life that did not come to be open, unless
+somebody else still waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from functools import partial
+from time import monotonic
+
+from . import _facts
+from ._acquiring import end_deadlock, time_out
+from ._binding import LoopBinding, beginning
+from ._checking import Checks
+from ._checkouts import LineClock, SlowCallbacks
+from ._classes import BoundClasses
+from ._closing import abandon, end
+from ._failover import Failover
+from ._life import Life, Pool, State
+from ._making import Maker
+from ._recovery import Connector
+from ._reporting import open_error
+from ._stock import help_growth, shrink
+from ._storm import Storm
+from ._tasks import Tasks
+from ._watching import Watch, watch_for_leaks
+from .errors import another
+
+
+async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) -> None:
+    """Begin a life where none goes on here: see `BoundPool.open()`."""
+    while isinstance(life := pool.life, Life) and life.ending and _alive_here(life):
+        await life.until_ended()
+    life = begin(pool, caller)
+    if wait:
+        await until_ready(life, timeout)
+    else:
+        life.openers.unawaited = True
+
+
+def begin(pool: Pool, caller: str | None) -> Life:
+    """Return the life that goes on here, or begin one; of threads that come at once one does."""
+    _facts.load()
+    with beginning():
+        before = pool.life
+        if isinstance(before, Life) and not before.ending and _alive_here(before):
+            return before
+        binding = LoopBinding(pool.name, caller)  # raises where no pool can be opened
+        if isinstance(before, Life):
+            abandon(before)
+        life = pool.life = _put_together(pool, binding)
+    life.tasks.stay()
+    for _ in range(life.min_size):
+        life.connector.add()
+    return life
+
+
+def _alive_here(life: Life) -> bool:
+    """Tell whether a life goes on; raise if it goes on elsewhere."""
+    if life.gone:
+        return False
+    life.binding.check("open it")
+    return True
+
+
+def _put_together(pool: Pool, binding: LoopBinding) -> Life:
+    """Make a life, whose parts know what to call, but hold no connection yet."""
+    loop = asyncio.get_running_loop()
+    reference: weakref.ref[Life]
+
+    def look() -> None:
+        shrink(reference)
+
+    life = Life(pool, binding, Tasks(binding, pool.max_idle, look))
+    reference = weakref.ref(life)
+    life.clock = LineClock(
+        loop,
+        life.line,
+        partial(time_out, life),
+        partial(help_growth, life),
+        partial(end_deadlock, life),
+    )
+    watch = Watch(life)
+    life.storm = Storm(watch, loop, life.tasks.context)
+    life.connector = Connector(Maker(life), loop)
+    life.checks = Checks(watch, life.between)
+    life.failover = Failover(watch)
+    life.classes = BoundClasses(pool, binding)
+    binding.pool = weakref.ref(pool)
+    if loop.get_debug():
+        life.slow_callbacks = SlowCallbacks()
+    if life.leak_threshold is not None:
+        watch_for_leaks(life, life.leak_threshold)
+    if life.min_size == 0:
+        life.state = State.OPEN
+    return life
+
+
+# --- waiting for it ------------------------------------------------------------------------------
+
+
+async def until_ready(life: Life, timeout: float) -> None:
+    """
+    Wait until there are `min_size` connections.
+
+    Raises:
+        OpenError: If they cannot be made, or not within *timeout* seconds.
+    """
+    openers = life.openers
+    if life.state is State.OPEN and life.has_minimum:
+        openers.unawaited = True
+        return
+    opener = openers.join(monotonic() + timeout)
+    try:
+        failed = life.connector.last_failure
+        if failed is not None and failed.is_permanent:
+            openers.tell(open_error(life, None))
+        await asyncio.wait({opener}, timeout=timeout)
+    except BaseException:
+        openers.leave(opener)
+        if not openers.unawaited:
+            await _give_up(life, None)
+        raise
+    openers.leave(opener)
+    failure = opener.result() if opener.done() else open_error(life, timeout)
+    if failure is not None:
+        await _give_up(life, failure)
+        raise another(failure)
+    openers.unawaited = True
+
+
+async def _give_up(life: Life, failure: BaseException | None) -> None:
+    """End a life that did not come to be open, unless another task waits for it."""
+    if life.openers:
+        return
+    # Open already, if a cancellation came together with the last connection: an opener
+    # that was cancelled will not close what it does not know to be open.
+    if life.state is State.OPENING or (life.state is State.OPEN and not life.openers.unawaited):
+        await end(life, 0.0, failure)
