@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_FENCE = re.compile(
+FENCE = re.compile(
     r"(?:^<!-- (?:from: (?P<source>\S+)|(?P<runs>keeps running)) -->\n)?"
     r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -58,7 +58,7 @@ class Block:
 
 def blocks(path: Path) -> list[Block]:
     """Return the code blocks of a Markdown file."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return [
         Block(
             path,
@@ -68,7 +68,7 @@ def blocks(path: Path) -> list[Block]:
             match["source"],
             bool(match["runs"]),
         )
-        for match in _FENCE.finditer(text)
+        for match in FENCE.finditer(text)
     ]
 
 

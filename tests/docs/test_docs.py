@@ -34,7 +34,7 @@ def test_an_excerpt_is_what_stands_in_the_tested_example(block: Block) -> None:
 
 def anchors(page: Path) -> set[str]:
     """What a link can point to, as GitHub and MyST name it."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for block in blocks(page):
         text = text.replace(block.body, "")
     headings = {
@@ -73,7 +73,7 @@ def test_the_reference_has_every_public_name() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
-    for link in _LINK.findall(page.read_text()):
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
         if "://" in link:
             continue
         target, _, anchor = link.partition("#")
@@ -91,7 +91,7 @@ READMES = sorted(ROOT.glob("README*.md"))
 @pytest.mark.parametrize("readme", READMES, ids=lambda page: page.name)
 def test_the_links_of_a_readme_lead_here_from_wherever_it_is_read(readme: Path) -> None:
     """PyPI shows it, and knows neither the checkout nor its pictures."""
-    links = _LINK.findall(readme.read_text())
+    links = _LINK.findall(readme.read_text(encoding="utf-8"))
     assert links
     for link in links:
         assert link.startswith("https://"), link
