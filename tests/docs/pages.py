@@ -18,6 +18,7 @@ import time
 import venv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -72,6 +73,13 @@ def environment(url: str, programs: Path, **more: str) -> dict[str, str]:
     }
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     return kept | {"PATH": path, "DATABASE_URL": url} | more
+
+
+def own_programs() -> Path:
+    """Return the directory of this environment's commands, also where its packages stand behind."""
+    files = metadata.distribution("uvicorn").files or []
+    (command,) = (file for file in files if file.name in ("uvicorn", "uvicorn.exe"))
+    return Path(str(command.locate())).resolve().parent
 
 
 def installs(page: Path) -> list[str]:

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import zipfile
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from packaging.requirements import Requirement
 
 from tests.support.wheel import build_wheel
 
+from . import curl
 from .blocks import blocks
-from .pages import PAGES, TWICE, database_url, environment, installs
+from .pages import PAGES, TWICE, database_url, environment, installs, own_programs
 from .walk import TYPED, NotAsShown, Reader, typed
 
 MOST_LINES = 30
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Answers without the time, and tells nobody."""
+
+    protocol_version = "HTTP/1.1"
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return "now"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +52,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(page: Path, wheel: Path, dsn: str, tmp_path: Path) -> None:
-    programs = Path(sys.executable).parent
     # "make pages" does all of them twice, which takes its time.
     times = TWICE if page.stem in ("quickstart", "semantics") else 1
     with database_url(dsn, f"page_{page.stem.lower()}") as url:
-        env = environment(url, programs, PYTHONPATH=str(wheel))
+        env = environment(url, own_programs(), PYTHONPATH=str(wheel))
         for _ in range(times):
             with Reader(tmp_path, env, install=lambda line: None) as reader:
                 reader.follow(page)
@@ -143,7 +161,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_page_that_does_not_do_what_it_says_is_noticed(wrong: str, tmp_path: Path) -> None:
     page = page_of(WRONG[wrong], tmp_path)
-    env = environment("", Path(sys.executable).parent)
+    env = environment("", own_programs())
     with Reader(tmp_path, env) as reader, pytest.raises(NotAsShown, match=r"page\.md:\d"):
         reader.follow(page)
 
@@ -179,6 +197,25 @@ def test_a_page_is_done_in_the_order_of_its_blocks(tmp_path: Path) -> None:
     ask = "```sh\ncurl \\\n  http://localhost:8000/\n```\n\n```text\n{}\n```\n"
     more = "```python\n# app.py, continued\nHandler.answer = b'sec' + b'ond'\n```\n"
     page = page_of(serve + RIGHT + ask.format("first") + more + ask.format("second"), tmp_path)
-    with Reader(tmp_path, environment("", Path(sys.executable).parent)) as reader:
+    with Reader(tmp_path, environment("", own_programs())) as reader:
         reader.follow(page)
         reader.follow(page)  # from its beginning
+
+
+if shutil.which("curl"):
+
+    @pytest.mark.parametrize("line", ["curl {}/here", "curl --include {}/nothing -d x=1 -H 'A: b'"])
+    def test_the_stand_in_answers_as_curl_does(line: str, tmp_path: Path) -> None:
+        (tmp_path / "here").write_text("something")
+        with HTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            curl.stand_in(tmp_path)
+            url = f"http://127.0.0.1:{server.server_port}"
+            said = [
+                subprocess.check_output(
+                    line.format(url), shell=True, env={"PATH": path}, stderr=subprocess.DEVNULL
+                )
+                for path in (os.environ["PATH"], str(tmp_path))
+            ]
+            server.shutdown()
+        assert said[0] == said[1]

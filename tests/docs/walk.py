@@ -32,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from . import curl
 from .blocks import Block, agrees, blocks
 
 PORT = "8000"
@@ -68,9 +69,17 @@ class Reader:
         install: Callable[[str], None] | None = None,
     ) -> None:
         self._directory = directory
-        # curl shows its progress to whoever is no terminal.
-        (directory / ".curlrc").write_text("silent\nshow-error\n")
-        self._env = {**env, "CURL_HOME": str(directory), "PYTHONUNBUFFERED": "1"}
+        home = directory / ".curl"
+        home.mkdir(exist_ok=True)
+        # It shows its progress to whoever is no terminal.
+        (home / ".curlrc").write_text("silent\nshow-error\n")
+        curl.stand_in(home)  # last on the path: for a machine that has none
+        self._env = {
+            **env,
+            "CURL_HOME": str(home),
+            "PATH": f"{env['PATH']}{os.pathsep}{home}",
+            "PYTHONUNBUFFERED": "1",
+        }
         self._install = install
         self._port = str(_free_port())
         self._servers: list[_Server] = []
