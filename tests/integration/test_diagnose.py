@@ -150,18 +150,24 @@ async def test_one_task_that_holds_several(make_manager: MakeManager) -> None:
 async def test_tasks_that_hold_and_wait_for_another_one(make_manager: MakeManager) -> None:
     """The other holder would end a deadlock, and is not what is waited for."""
     db = await opened(make_manager, 4, timeout=1.2)
+    all_hold = asyncio.Event()
+    errors: list[AcquireTimeout] = []
 
     async def nest(conn: Any) -> None:
         await conn.execute("select 1")
-        await asyncio.sleep(0.1)
-        await db.fetchval("select 2")
+        await all_hold.wait()
+        try:
+            await db.fetchval("select 2")
+        except AcquireTimeout as ex:
+            errors.append(ex)
+        await asyncio.sleep(30)  # what the first gives back would serve the next
 
     calling = await start(db, 1, lambda conn: asyncio.sleep(30))
     nesting = await start(db, 3, nest)
-    done, _ = await asyncio.wait(nesting, return_when=asyncio.FIRST_COMPLETED)
-    error = done.pop().exception()
+    all_hold.set()
+    await until(lambda: errors)
     await end(calling + nesting)
-    assert isinstance(error, AcquireTimeout)
+    error = errors[0]
     assert error.diagnosis is not None
     assert error.diagnosis.cause == "nested-acquire"
     first, detail, hint = str(error).splitlines()
