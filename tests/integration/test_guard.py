@@ -427,7 +427,7 @@ def test_an_operation_from_elsewhere_is_refused_and_the_owner_goes_on(
         begin = time.monotonic()
         with pytest.raises(LoopMismatchError) as caught:
             place.foreign(operation(held))
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 20  # or it would wait for ever
         assert isinstance(caught.value, RuntimeError)
         assert_says(caught.value, place, operation)
         if kind is OwnerClosed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -237,14 +236,12 @@ async def test_a_helper_waits_for_a_connection_as_long_as_it_is_told(
     one: PoolManager[Any], helper: str
 ) -> None:
     async with one.connection():
-        begin = time.monotonic()
         with pytest.raises(AcquireTimeout) as caught:
             await getattr(one, helper)("select 1", timeout=0)
         # In a task of its own: the holder's own wait could never end, and is refused at once.
         waits = asyncio.ensure_future(getattr(one, helper)("select 1", timeout=0.05))
         with pytest.raises(AcquireTimeout, match=r"within 0\.05 s"):
             await waits
-        assert time.monotonic() - begin < 3
     assert f"at {HERE}:" in str(caught.value)
 
 

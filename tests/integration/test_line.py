@@ -25,7 +25,7 @@ from tests.support.inside import life
 
 MakeManager = Callable[..., PoolManager[Any]]
 
-AT_ONCE = 3.0
+AT_ONCE = 8.0
 """Seconds; far below the 30 that a wait here would take."""
 
 

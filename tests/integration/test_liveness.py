@@ -23,7 +23,7 @@ from tests.support.wire import Wire, wire_of, wire_of_session
 MakeManager = Callable[..., PoolManager[Any]]
 
 NAME = "liveness"
-AT_ONCE = 3.0  # seconds; the pool's own patience is 30
+AT_ONCE = 8.0  # seconds; the pool's own patience is 30
 
 
 async def until(holds: Callable[[], bool], within: float = 10.0) -> None:

@@ -436,7 +436,7 @@ async def test_an_acquire_that_times_out_is_a_pool_timeout(make_manager: MakeMan
         begin = time.monotonic()
         with pytest.raises(psycopg_pool.PoolTimeout) as caught:
             await asyncio.ensure_future(db.pool.getconn())
-        assert 0.04 < time.monotonic() - begin < 3
+        assert 0.04 < time.monotonic() - begin < 20  # the default is 30
     assert isinstance(caught.value, AcquireTimeout)
     assert isinstance(caught.value, psycopg.OperationalError)
     assert "total=1 in_use=1 idle=0 max=1 waiting=0" in str(caught.value)

@@ -206,7 +206,7 @@ async def test_a_storm_leaves_nothing_behind_and_nothing_missing(
 
         begin = time.monotonic()
         await db.close()
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 4.5  # nobody is waited for, which would be 5
         del conns, conn
         query = "select count(*) from pg_stat_activity where application_name = %s"
         await until(lambda: admin(own_server.dsn(), query, (NAME,)) == [(0,)])
