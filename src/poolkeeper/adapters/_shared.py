@@ -28,7 +28,7 @@ from poolkeeper import (
     PoolkeeperError,
     PoolManager,
 )
-from poolkeeper._log import log
+from poolkeeper._log import log as log
 from poolkeeper._where import Behalf, Handler
 from poolkeeper._where import call_site as call_site
 from poolkeeper._where import code_behind as code_behind

@@ -23,7 +23,6 @@ from typing import Any, TypeAlias, cast
 from psycopg import AsyncConnection
 
 from poolkeeper import NoConnectionError, PoolManager
-from poolkeeper._log import log
 
 from ._shared import (
     KEY,
@@ -36,6 +35,7 @@ from ._shared import (
     asgi_route,
     busy,
     lifespan,
+    log,
     pool_in,
     ready,
 )
