@@ -105,10 +105,11 @@ class Wire:
     async def ready(self, state: int, seconds: float | None) -> int:
         """Wait until the socket is ready for *state*, *seconds* at most; return for what it is."""
         loop = get_running_loop()
-        if state & WRITE:
-            await self.let_others_run()
-            if found := self._ready_now(state):
-                return found
+        await self.let_others_run()
+        # uvloop watches a socket no more once it has told of an error there, as of a session
+        # that the server has ended: a look at the socket still tells.
+        if found := self._ready_now(state):
+            return found
         if not state & READ:
             self.unwatch()  # nobody is going to read what comes, and it would come on each turn
         waiter: asyncio.Future[int] = loop.create_future()
@@ -148,7 +149,9 @@ class Wire:
                 fileno, (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0)
             )
             events = sum(event for _, event in poller.poll(0))
-            readable, writable = events & select.POLLIN, events & select.POLLOUT
+            ended = events & (select.POLLERR | select.POLLHUP)
+            readable = reads and (events & select.POLLIN or ended)
+            writable = writes and (events & select.POLLOUT or ended)
         else:  # Windows
             readable, writable, _ = select.select(  # type: ignore[assignment]
                 [fileno] if reads else [], [fileno] if writes else [], [], 0
@@ -246,10 +249,13 @@ class WaitingConnection(AsyncConnection[Any]):
             return done.value  # type: ignore[no-any-return]
         loop = get_running_loop()
         until = None if timeout is None else monotonic() + timeout
+        simple = until is interval is None
         try:
             while True:
-                if state == READ and until is interval is None:
-                    # As wire.ready() does, without the call: each query comes here.
+                if simple and state == READ:
+                    # As wire.ready() does, without its look at the socket: each query comes here
+                    # once, with no answer yet.
+                    simple = False
                     waiter = wire.waiter = loop.create_future()
                     try:
                         if not wire.watched:
