@@ -108,8 +108,12 @@ class LoopBinding:
         _bindings.add(self)
 
     def admit_nobody(self) -> None:
-        """Let no connection be acquired any more; what there is goes on to its end."""
+        """Let no connection be acquired without a further question."""
         self.admits = _never
+
+    def admit(self) -> None:
+        """Let connections be acquired again."""
+        self.admits = self.owner_loop
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the owner loop, in the owner process."""

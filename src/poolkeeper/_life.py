@@ -33,7 +33,7 @@ from ._recovery import Connector
 from ._session import Session
 from ._storm import Storm
 from ._tasks import Tasks, set_done
-from ._where import Place
+from ._where import Place, warn_user
 from .errors import ClosedError, NotOpenError, see
 
 ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
@@ -150,6 +150,8 @@ class Life:
         self.state = State.OPENING
         self.ending = False
         """True from the beginning of `close()` on."""
+        self.announced = True
+        """False if the constructor has opened it, and nobody has said a word since."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.openers = Openers()
         self.configure = options.configure
@@ -252,6 +254,15 @@ class Life:
         self.binding.check(purpose)
         if self.ending:
             raise closed_error(self.name, State.CLOSING, self.opened, purpose)
+        if not self.announced:
+            self.announce()
+            warn_of_constructor(type(self.pool).__name__)
+
+    def announce(self) -> None:
+        """Note that somebody has opened it in words."""
+        if not self.announced and not self.ending:
+            self.announced = True
+            self.binding.admit()
 
     def out_of_service(self, purpose: str) -> str | None:
         """Do as `check_usable()`, but return in words that it is not open."""
@@ -340,6 +351,15 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+
+
+def warn_of_constructor(name: str) -> None:
+    """Warn as psycopg_pool does: one day its constructor will open no pool."""
+    warn_user(
+        f"opening the async pool {name} in the constructor is deprecated: use await pool.open(), or"
+        f" async with {name}(...) as pool",
+        RuntimeWarning,
+    )
 
 
 def closed_error(name: str, state: State, opened: Place | None, purpose: str = "") -> ClosedError:

@@ -13,19 +13,18 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
-from typing import Any, Generic, Literal, Self, TypeAlias, cast, get_origin, overload
+from typing import Any, Generic, Literal, Self, TypeAlias, cast, overload
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
-from psycopg.abc import ConnParam, Params, Query
-from psycopg.conninfo import make_conninfo
+from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
-from . import _conninfo, _facts, _lost_work, _watching
+from . import _facts, _lost_work, _watching
 from ._binding import beginning
 from ._block import Block, CheckoutContext
-from ._classes import check_class
+from ._config import bad, require_number
 from ._life import State
 from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function, warn_user
@@ -35,7 +34,6 @@ from .errors import (
     PoolkeeperError,
     UnclosedManagerWarning,
     briefly,
-    see,
 )
 
 ACT_co = TypeVar(
@@ -131,50 +129,20 @@ class PoolManager(Generic[ACT_co]):
         leak_threshold: float | None = None,
     ) -> None:
         if open:
-            raise _bad("open", open, "None or False: open it with await manager.open()")
-        _require_callable(configure=configure, check=check, reconnect_failed=reconnect_failed)
-        if reset != "discard":
-            _require_callable(reset=reset)
-        _require_number(
-            timeout=timeout,
-            max_lifetime=max_lifetime,
-            max_idle=max_idle,
-            reconnect_timeout=reconnect_timeout,
-            open_timeout=open_timeout,
-            close_timeout=close_timeout,
-        )
-        if leak_threshold is not None:
-            _require_number(leak_threshold=leak_threshold)
-        _require_integer(
-            min_size=(min_size, 0), max_waiting=(max_waiting, 0), num_workers=(num_workers, 1)
-        )
-        if max_size is None:
-            max_size = min_size
-        _require_integer(max_size=(max_size, 1))
-        if max_size < min_size:
-            raise _bad("max_size", max_size, f"min_size or more, and min_size is {min_size}")
-        _require_text(name=name, application_name=application_name)
-        _require_flag(close_returns=close_returns)
-        user_class = _connection_class(connection_class)
-        if isinstance(conninfo, str):
-            conninfo = _conninfo.normalise(conninfo)
-        elif not callable(conninfo):
-            raise _bad("conninfo", type(conninfo), "a string or a function that returns one")
-        settled = _settled(kwargs)
-        self._server = _server(conninfo, settled, user_class)
+            raise bad("open", open, "None or False: open it with await manager.open()")
+        require_number(open_timeout=open_timeout, close_timeout=close_timeout)
         self._open_timeout = open_timeout
         self._close_timeout = close_timeout
         self._pool = BoundPool(
             conninfo,
-            connection_class=user_class,
-            kwargs=kwargs if callable(kwargs) else settled,
-            application_name=application_name,
-            leak_threshold=leak_threshold,
-            configure=configure,
-            check=check,
-            reset=reset,
+            connection_class=cast(Any, connection_class),
+            kwargs=cast(Any, kwargs),
             min_size=min_size,
             max_size=max_size,
+            open=False,
+            configure=cast(Any, configure),
+            check=cast(Any, check),
+            reset=cast(Any, reset),
             name=name,
             close_returns=close_returns,
             timeout=timeout,
@@ -184,7 +152,10 @@ class PoolManager(Generic[ACT_co]):
             reconnect_timeout=reconnect_timeout,
             reconnect_failed=reconnect_failed,
             num_workers=num_workers,
+            application_name=application_name,
+            leak_threshold=leak_threshold,
         )
+        self._server = self._pool.server
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -269,7 +240,7 @@ class PoolManager(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        _require_number(timeout=timeout)
+        require_number(timeout=timeout)
         return await _watching.check(self._pool, timeout)
 
     # --- open and close -------------------------------------------------------------------
@@ -422,7 +393,7 @@ class PoolManager(Generic[ACT_co]):
         if isinstance(caller, FrameType | Behalf):
             return CheckoutContext(self._pool, timeout, caller)
         if not callable(caller):
-            raise _bad("caller", caller, "a frame, a function or None")
+            raise bad("caller", caller, "a frame, a function or None")
         code = code_behind(caller)
         return CheckoutContext(self._pool, timeout, Behalf(code, frame) if code else frame)
 
@@ -704,75 +675,6 @@ async def _cursor(
             yield cursor
 
 
-# --- what the constructor accepts -----------------------------------------------------------
-
-
-def _bad(parameter: str, value: object, wanted: str) -> ConfigError:
-    return ConfigError(
-        f"{parameter} cannot be {value!r}",
-        parameter=parameter,
-        detail=f"It takes {wanted}.",
-        hint=see("config"),
-    )
-
-
-def _require_callable(**callbacks: object) -> None:
-    for parameter, value in callbacks.items():
-        if value is not None and not callable(value):
-            raise _bad(parameter, value, "an async function that is called with one argument")
-
-
-def _require_number(**seconds: object) -> None:
-    for parameter, value in seconds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise _bad(parameter, value, "a number of seconds, not negative")
-
-
-def _require_integer(**numbers: tuple[object, int]) -> None:
-    for parameter, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise _bad(parameter, value, f"a whole number, {least} or more")
-
-
-def _require_text(**texts: object) -> None:
-    for parameter, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise _bad(parameter, value, "a string or None")
-
-
-def _require_flag(**flags: object) -> None:
-    for parameter, value in flags.items():
-        if not isinstance(value, bool):
-            raise _bad(parameter, value, "True or False")
-
-
-def _connection_class(given: object) -> type[AsyncConnection[Any]]:
-    # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
-    user_class = AsyncConnection if given is None else get_origin(given) or given
-    if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
-        raise _bad("connection_class", given, "AsyncConnection or a subclass of it")
-    if user_class is not AsyncConnection:
-        try:
-            check_class(user_class)  # pyright: ignore[reportUnknownArgumentType] - rows of any kind
-        except TypeError as ex:
-            raise ConfigError(
-                f"connection_class cannot be {user_class!r}",
-                parameter="connection_class",
-                detail=f"Connections of it cannot be handed out: {ex}.",
-                hint=see("config"),
-            ) from ex
-    return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
-
-
-def _settled(kwargs: object) -> dict[str, Any]:
-    """Return what is known of *kwargs* before the first connection."""
-    if kwargs is None or callable(kwargs):
-        return {}
-    if not isinstance(kwargs, Mapping):
-        raise _bad("kwargs", type(kwargs), "a dict, a function that returns one, or None")
-    return dict(cast("Mapping[str, Any]", kwargs))
-
-
 def _level(isolation: Isolation | None) -> IsolationLevel | None:
     if isolation is None:
         return None
@@ -782,33 +684,4 @@ def _level(isolation: Isolation | None) -> IsolationLevel | None:
         return IsolationLevel(isolation)
     except (KeyError, ValueError):
         names = ", ".join(f'"{level.name.replace("_", " ").lower()}"' for level in IsolationLevel)
-        raise _bad("isolation", isolation, f"one of {names}, or an IsolationLevel") from None
-
-
-# Parameters of psycopg's connect() that are not libpq's.
-_PSYCOPG_PARAMETERS = frozenset(
-    {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
-)
-
-
-def _server(
-    conninfo: Any, kwargs: dict[str, ConnParam], user_class: type[AsyncConnection[Any]]
-) -> tuple[str, ...] | None:
-    """Check what libpq will be given as far as it is known, and return which server it means."""
-    if not isinstance(conninfo, str):
-        return None
-    subclasses = user_class.__mro__[: user_class.__mro__.index(AsyncConnection)]
-    if any("connect" in vars(cls) for cls in subclasses):
-        kwargs = {}  # its own connect() may take anything
-    libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
-    for name in libpq:
-        try:
-            make_conninfo("", **{name: "1"})
-        except (psycopg.Error, TypeError):  # TypeError: conninfo=, or a name that is no string
-            raise ConfigError(
-                f"kwargs cannot hold {name!r}",
-                parameter="kwargs",
-                detail="It takes parameters of connect().",
-                hint=see("config"),
-            ) from None
-    return _conninfo.server_key(_conninfo.parse(conninfo, **libpq))
+        raise bad("isolation", isolation, f"one of {names}, or an IsolationLevel") from None

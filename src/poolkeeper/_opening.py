@@ -37,10 +37,20 @@ async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) 
     while isinstance(life := pool.life, Life) and life.ending and _alive_here(life):
         await life.until_ended()
     life = begin(pool, caller)
+    life.announce()
     if wait:
         await until_ready(life, timeout)
     else:
         life.openers.unawaited = True
+
+
+def open_in_constructor(pool: Pool, warned: bool) -> None:
+    """Open the pool on the running loop; who uses it first is warned, if nobody was yet."""
+    life = begin(pool, None)
+    life.openers.unawaited = True
+    if not warned:
+        life.announced = False
+        life.binding.admit_nobody()
 
 
 def begin(pool: Pool, caller: str | None) -> Life:

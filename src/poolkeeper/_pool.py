@@ -9,32 +9,50 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 from typing_extensions import TypeVar, override
 
-from . import _closing, _facts, _opening, _releasing, _reporting, _stock, _watching
+from . import _closing, _config, _facts, _opening, _releasing, _reporting, _stock, _watching
 from ._acquiring import take, wait_for_connection
 from ._block import CheckoutContext
 from ._checkouts import Checkout
-from ._life import ConnectionCallback, Life, NoLife, Options, State
+from ._life import Life, NoLife, Options, State, warn_of_constructor
 from ._where import Place, coroutine_function
 from .errors import PoolkeeperError, briefly
 
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 
 
+_PSYCOPGS: Any = AsyncConnection
+
+
 class BoundPool(AsyncConnectionPool[ACT]):
     """
     The pool behind a `PoolManager`; a real `AsyncConnectionPool`, with every guard.
 
-    Made by the manager, which documents the parameters. Can be handed to any library that
-    asks for an `AsyncConnectionPool`, before it is opened too.
+    Can be handed to any library that asks for an `AsyncConnectionPool`, before it is opened too.
+    Made without a manager, it takes the place of one, in one line:
+    ``from poolkeeper import BoundPool as AsyncConnectionPool``.
+
+    Args:
+        conninfo, connection_class, kwargs, min_size, max_size, configure, check, name,
+            close_returns, timeout, max_waiting, max_lifetime, max_idle, reconnect_timeout,
+            reconnect_failed, num_workers: As for `AsyncConnectionPool`.
+        open: As there: False to open it later. With None or True it opens in the constructor,
+            on the running loop, and warns; with None not before it is used, and not if it was
+            entered as a context manager.
+        reset: As there; or ``"discard"``, for `PoolManager`'s.
+        application_name, leak_threshold: As for `PoolManager`.
+
+    Raises:
+        ConfigError: If a parameter cannot work; names it.
+        LoopMismatchError: If it is to open in the constructor, and no loop is running.
 
     .. versionadded:: 0.1.0
     """
@@ -44,28 +62,81 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def __init__(
         self,
-        conninfo: Any,
+        conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",
         *,
-        connection_class: type[ACT],
-        application_name: str | None,
-        leak_threshold: float | None,
-        configure: ConnectionCallback | None,
-        check: ConnectionCallback | None,
-        reset: ConnectionCallback | Literal["discard"] | None,
-        **settings: Any,
+        connection_class: type[ACT] = _PSYCOPGS,
+        kwargs: dict[str, Any]
+        | Callable[[], dict[str, Any]]
+        | Callable[[], Awaitable[dict[str, Any]]]
+        | None = None,
+        min_size: int = 4,
+        max_size: int | None = None,
+        open: bool | None = None,
+        configure: Callable[[ACT], Awaitable[None]] | None = None,
+        check: Callable[[ACT], Awaitable[None]] | None = None,
+        reset: Callable[[ACT], Awaitable[None]] | Literal["discard"] | None = None,
+        name: str | None = None,
+        close_returns: bool = False,
+        timeout: float = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float = 60 * 60.0,
+        max_idle: float = 10 * 60.0,
+        reconnect_timeout: float = 5 * 60.0,
+        reconnect_failed: Callable[[Any], Awaitable[None] | None] | None = None,
+        num_workers: int = 3,
+        application_name: str | None = None,
+        leak_threshold: float | None = None,
     ) -> None:
+        _config.require_callable(
+            configure=configure, check=check, reconnect_failed=reconnect_failed
+        )
+        if reset != "discard":
+            _config.require_callable(reset=reset)
+        _config.require_number(
+            timeout=timeout,
+            max_lifetime=max_lifetime,
+            max_idle=max_idle,
+            reconnect_timeout=reconnect_timeout,
+        )
+        if leak_threshold is not None:
+            _config.require_number(leak_threshold=leak_threshold)
+        if max_size is None:
+            max_size = min_size
+        _config.require_sizes(min_size, max_size)
+        _config.require_integer(max_waiting=(max_waiting, 0), num_workers=(num_workers, 1))
+        _config.require_text(name=name, application_name=application_name)
+        _config.require_flag(close_returns=close_returns)
+        user_class = _config.connection_class(connection_class)
+        conninfo = _config.conninfo(conninfo)
+        settled = _config.settled(kwargs)
+        self.server = _config.server(conninfo, settled, user_class)
+        """Which server it is for; None if that is not known."""
+        if open:
+            warn_of_constructor(type(self).__name__)
         # It keeps the settings, and never comes to open anything.
-        super().__init__(conninfo, connection_class=connection_class, open=False, **settings)
+        super().__init__(
+            conninfo,
+            connection_class=cast("type[ACT]", user_class),
+            kwargs=kwargs if callable(kwargs) else settled,
+            min_size=min_size,
+            max_size=max_size,
+            open=False,
+            name=name,
+            close_returns=close_returns,
+            timeout=timeout,
+            max_waiting=max_waiting,
+            max_lifetime=max_lifetime,
+            max_idle=max_idle,
+            reconnect_timeout=reconnect_timeout,
+            reconnect_failed=cast(Any, reconnect_failed),
+            num_workers=num_workers,
+        )
         self.options = Options(
-            super().min_size,
-            super().max_size,
-            configure,
-            check,
-            reset,
-            application_name,
-            leak_threshold,
+            min_size, max_size, configure, check, reset, application_name, leak_threshold
         )
         self.life = NoLife(self, State.NEW)
+        if open or open is None:
+            _opening.open_in_constructor(self, warned=bool(open))
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -171,6 +242,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
                 unless it was open before.
         """
         await _opening.open_pool(self, wait, timeout, caller)
+
+    @override
+    @briefly
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
 
     @override
     @briefly

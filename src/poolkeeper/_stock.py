@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import weakref
 
+from ._config import require_sizes
 from ._ending import dismiss, replace
 from ._life import Life
-from .errors import ConfigError, see
 
 
 def grow(life: Life) -> None:
@@ -74,13 +74,7 @@ def resize(life: Life, min_size: int, max_size: int | None) -> None:
     """
     if max_size is None:
         max_size = min_size
-    if min_size < 0 or max_size < max(min_size, 1):
-        raise ConfigError(
-            f'pool "{life.name}" cannot be resized to min_size={min_size} and max_size={max_size}',
-            parameter="max_size" if min_size >= 0 else "min_size",
-            detail="max_size must be greater or equal than min_size, and neither can be negative.",
-            hint=see("config"),
-        )
+    require_sizes(min_size, max_size)
     life.min_size, life.max_size = min_size, max_size
     while life.total < min_size:
         life.connector.add()

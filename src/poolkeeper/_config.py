@@ -1,0 +1,128 @@
+"""
+What a pool can be made with: what cannot work is refused by name, before anything is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast, get_origin
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.abc import ConnParam
+from psycopg.conninfo import make_conninfo
+
+from . import _conninfo
+from ._classes import check_class
+from .errors import ConfigError, see
+
+
+def bad(parameter: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"{parameter} cannot be {value!r}",
+        parameter=parameter,
+        detail=f"It takes {wanted}.",
+        hint=see("config"),
+    )
+
+
+def require_callable(**callbacks: object) -> None:
+    for parameter, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise bad(parameter, value, "an async function that is called with one argument")
+
+
+def require_number(**seconds: object) -> None:
+    for parameter, value in seconds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise bad(parameter, value, "a number of seconds, not negative")
+
+
+def require_integer(**numbers: tuple[object, int]) -> None:
+    for parameter, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise bad(parameter, value, f"a whole number, {least} or more")
+
+
+def require_sizes(min_size: object, max_size: object) -> None:
+    """Refuse sizes that no pool can have."""
+    require_integer(min_size=(min_size, 0), max_size=(max_size, 1))
+    if cast(int, max_size) < cast(int, min_size):
+        raise bad("max_size", max_size, f"min_size or more, and min_size is {min_size}")
+
+
+def require_text(**texts: object) -> None:
+    for parameter, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise bad(parameter, value, "a string or None")
+
+
+def require_flag(**flags: object) -> None:
+    for parameter, value in flags.items():
+        if not isinstance(value, bool):
+            raise bad(parameter, value, "True or False")
+
+
+def connection_class(given: object) -> type[AsyncConnection[Any]]:
+    # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
+    user_class = AsyncConnection if given is None else get_origin(given) or given
+    if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
+        raise bad("connection_class", given, "AsyncConnection or a subclass of it")
+    if user_class is not AsyncConnection:
+        try:
+            check_class(user_class)  # pyright: ignore[reportUnknownArgumentType] - rows of any kind
+        except TypeError as ex:
+            raise ConfigError(
+                f"connection_class cannot be {user_class!r}",
+                parameter="connection_class",
+                detail=f"Connections of it cannot be handed out: {ex}.",
+                hint=see("config"),
+            ) from ex
+    return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
+
+
+def conninfo(given: Any) -> Any:
+    """Return what libpq takes, or the function that it comes from."""
+    if isinstance(given, str):
+        return _conninfo.normalise(given)
+    if not callable(given):
+        raise bad("conninfo", type(given), "a string or a function that returns one")
+    return given
+
+
+def settled(kwargs: object) -> dict[str, Any]:
+    """Return what is known of *kwargs* before the first connection."""
+    if kwargs is None or callable(kwargs):
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise bad("kwargs", type(kwargs), "a dict, a function that returns one, or None")
+    return dict(cast("Mapping[str, Any]", kwargs))
+
+
+# Parameters of psycopg's connect() that are not libpq's.
+_PSYCOPG_PARAMETERS = frozenset(
+    {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
+)
+
+
+def server(
+    conninfo: Any, kwargs: dict[str, ConnParam], user_class: type[AsyncConnection[Any]]
+) -> tuple[str, ...] | None:
+    """Check what libpq will be given as far as it is known, and return which server it means."""
+    if not isinstance(conninfo, str):
+        return None
+    subclasses = user_class.__mro__[: user_class.__mro__.index(AsyncConnection)]
+    if any("connect" in vars(cls) for cls in subclasses):
+        kwargs = {}  # its own connect() may take anything
+    libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
+    for name in libpq:
+        try:
+            make_conninfo("", **{name: "1"})
+        except (psycopg.Error, TypeError):  # TypeError: conninfo=, or a name that is no string
+            raise ConfigError(
+                f"kwargs cannot hold {name!r}",
+                parameter="kwargs",
+                detail="It takes parameters of connect().",
+                hint=see("config"),
+            ) from None
+    return _conninfo.server_key(_conninfo.parse(conninfo, **libpq))
