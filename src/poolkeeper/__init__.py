@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _facts
 from ._manager import PoolManager
-from ._pool import BoundPool
+from ._pool import BoundNullPool, BoundPool
 from .errors import (
     AcquireTimeout,
     ClosedError,
@@ -53,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AcquireTimeout",
+    "BoundNullPool",
     "BoundPool",
     "CheckoutRow",
     "ClosedError",

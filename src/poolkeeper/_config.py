@@ -16,6 +16,9 @@ from . import _conninfo
 from ._classes import check_class
 from .errors import ConfigError, see
 
+UNLIMITED = 1_000_000
+"""What `max_size` of a null pool is in place of 0: nobody has so many."""
+
 
 def bad(parameter: str, value: object, wanted: str) -> ConfigError:
     return ConfigError(
@@ -49,6 +52,14 @@ def require_sizes(min_size: object, max_size: object) -> None:
     require_integer(min_size=(min_size, 0), max_size=(max_size, 1))
     if cast(int, max_size) < cast(int, min_size):
         raise bad("max_size", max_size, f"min_size or more, and min_size is {min_size}")
+
+
+def null_size(min_size: object, max_size: object) -> int:
+    """Return how many connections a null pool may have, refuse sizes that it cannot have."""
+    if min_size != 0 or isinstance(min_size, bool):
+        raise bad("min_size", min_size, "0, for a null pool keeps no connections")
+    require_integer(max_size=(max_size, 0))
+    return cast(int, max_size) or UNLIMITED
 
 
 def require_text(**texts: object) -> None:

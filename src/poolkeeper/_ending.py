@@ -98,7 +98,8 @@ def replace(life: Life) -> None:
     """Make a connection in place of one that is gone, unless the life is about to be over."""
     if not life.ending:
         life.made -= 1
-        life.connector.add()
+        if life.keeps or life.connector.wanted < len(life.line):
+            life.connector.add()
 
 
 def discard_busy(life: Life, conn: BoundConnection) -> None:

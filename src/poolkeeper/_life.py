@@ -52,6 +52,8 @@ class State(StrEnum):
 class Options(NamedTuple):
     """What a pool was made with, beside what psycopg_pool keeps of it."""
 
+    keeps: bool
+    """False for a null pool, which closes each connection that nobody waits for."""
     min_size: int
     max_size: int
     configure: ConnectionCallback | None
@@ -161,12 +163,15 @@ class Life:
         self.leak_threshold = options.leak_threshold
 
         # The connections: how many, and which of them are idle, the next to be taken first.
+        self.keeps = options.keeps
         self.min_size, self.max_size = options.min_size, options.max_size
         self.made = 0
         """How many there are, in whosever hands; the connector knows those to come."""
         self.prepared = 0
         """How many were made since the pool was opened."""
         self.idle: deque[Any] = deque()
+        self.keep: Callable[[Any], object] = self.idle.append
+        """What is done with a clean connection that nobody waits for."""
         self.idle_low = self.min_size
         """How few were idle at once, since it was looked at whether the pool can shrink."""
         self.growing = False
@@ -223,7 +228,7 @@ class Life:
     def give(self, conn: Any) -> None:
         """Hand a clean connection to the task that waited longest, or keep it."""
         if not self.line or not self.line.offer(conn):
-            self.idle.append(conn)
+            self.keep(conn)
 
     @property
     def has_minimum(self) -> bool:

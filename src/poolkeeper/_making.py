@@ -30,6 +30,9 @@ from .errors import AcquireTimeout, ConfigError, see
 
 IDLE = pq.TransactionStatus.IDLE
 
+OF_NULL_POOL = 32
+"""How many connections a null pool may make at once, at least."""
+
 YOUNGER = 0.05
 """By how much of `max_lifetime`, at most, one is replaced sooner, for not all to be at once."""
 
@@ -90,7 +93,9 @@ class Maker:
     @property
     def num_workers(self) -> int:
         """How many may be made at once."""
-        return self._life.pool.num_workers
+        number = self._life.pool.num_workers
+        # A null pool makes one for each acquire, and psycopg_pool's as many as there are of these.
+        return number if self._life.keeps else max(number, OF_NULL_POOL)
 
     async def make_connection(self) -> None:
         """Make one connection, configure it and add it to the pool."""

@@ -25,7 +25,7 @@ from ._life import Life, Pool, State
 from ._making import Maker
 from ._recovery import Connector
 from ._reporting import open_error
-from ._stock import help_growth, shrink
+from ._stock import help_growth, let_go, shrink
 from ._storm import Storm
 from ._tasks import Tasks
 from ._watching import Watch, watch_for_leaks
@@ -88,6 +88,8 @@ def _put_together(pool: Pool, binding: LoopBinding) -> Life:
 
     life = Life(pool, binding, Tasks(binding, pool.max_idle, look))
     reference = weakref.ref(life)
+    if not life.keeps:
+        life.keep = partial(let_go, life)
     life.clock = LineClock(
         loop,
         life.line,
@@ -122,10 +124,12 @@ async def until_ready(life: Life, timeout: float) -> None:
         OpenError: If they cannot be made, or not within *timeout* seconds.
     """
     openers = life.openers
-    if life.state is State.OPEN and life.has_minimum:
+    if life.state is State.OPEN and life.has_minimum and life.keeps:
         openers.unawaited = True
         return
     opener = openers.join(monotonic() + timeout)
+    if not life.keeps:
+        life.connector.add()  # to see that one can be made; nobody waits for it
     try:
         failed = life.connector.last_failure
         if failed is not None and failed.is_permanent:

@@ -11,11 +11,11 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool
 from typing_extensions import TypeVar, override
 
 from . import _closing, _config, _facts, _opening, _releasing, _reporting, _stock, _watching
@@ -56,6 +56,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     .. versionadded:: 0.1.0
     """
+
+    keeps: ClassVar[bool] = True
+    """False for a null pool."""
 
     life: Life | NoLife
     options: Options
@@ -102,7 +105,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
             _config.require_number(leak_threshold=leak_threshold)
         if max_size is None:
             max_size = min_size
-        _config.require_sizes(min_size, max_size)
+        if self.keeps:
+            _config.require_sizes(min_size, max_size)
+            most = max_size
+        else:
+            most = _config.null_size(min_size, max_size)
         _config.require_integer(max_waiting=(max_waiting, 0), num_workers=(num_workers, 1))
         _config.require_text(name=name, application_name=application_name)
         _config.require_flag(close_returns=close_returns)
@@ -132,7 +139,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             num_workers=num_workers,
         )
         self.options = Options(
-            min_size, max_size, configure, check, reset, application_name, leak_threshold
+            self.keeps, min_size, most, configure, check, reset, application_name, leak_threshold
         )
         self.life = NoLife(self, State.NEW)
         if open or open is None:
@@ -161,8 +168,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @property
     @override
     def max_size(self) -> int:
-        """Connections to grow to."""
-        return self.life.max_size
+        """Connections to grow to; 0 for a null pool that makes any number."""
+        number = self.life.max_size
+        return 0 if number == _config.UNLIMITED else number
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the loop, in the process, that opened the pool."""
@@ -211,12 +219,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @override
     def get_stats(self) -> dict[str, int]:
         """Return psycopg_pool's statistics, under its keys."""
-        return self.life.counters.read() | _reporting.measures(self.life)
+        return self.life.counters.read() | self._measures()
 
     @override
     def pop_stats(self) -> dict[str, int]:
         """Return psycopg_pool's statistics and set its counters to zero."""
-        return self.life.counters.pop() | _reporting.measures(self.life)
+        return self.life.counters.pop() | self._measures()
+
+    def _measures(self) -> dict[str, int]:
+        return _reporting.measures(self.life) | {"pool_max": self.max_size}
 
     # --- open and close -------------------------------------------------------------------
 
@@ -391,3 +402,72 @@ class BoundPool(AsyncConnectionPool[ACT]):
         life.tasks.stay()
         if checks := _watching.look_at_idle(life):
             await asyncio.wait(checks)
+
+
+class BoundNullPool(BoundPool[ACT], AsyncNullConnectionPool[ACT]):
+    """
+    A pool that keeps no connections, for programs behind a pooler; with every guard.
+
+    An `AsyncNullConnectionPool`: an acquire makes a connection, and one that comes back goes to
+    who waits, or is closed. With *max_size*, no more than so many are there at once.
+
+    Args:
+        min_size: 0.
+        max_size: How many connections there may be at once; any number if it is 0 or None.
+
+    The others are those of `BoundPool`.
+
+    .. versionadded:: 0.1.0
+    """
+
+    keeps = False
+
+    def __init__(
+        self,
+        conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",
+        *,
+        connection_class: type[ACT] = _PSYCOPGS,
+        kwargs: dict[str, Any]
+        | Callable[[], dict[str, Any]]
+        | Callable[[], Awaitable[dict[str, Any]]]
+        | None = None,
+        min_size: int = 0,
+        max_size: int | None = None,
+        open: bool | None = None,
+        configure: Callable[[ACT], Awaitable[None]] | None = None,
+        check: Callable[[ACT], Awaitable[None]] | None = None,
+        reset: Callable[[ACT], Awaitable[None]] | Literal["discard"] | None = None,
+        name: str | None = None,
+        close_returns: bool = False,
+        timeout: float = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float = 60 * 60.0,
+        max_idle: float = 10 * 60.0,
+        reconnect_timeout: float = 5 * 60.0,
+        reconnect_failed: Callable[[Any], Awaitable[None] | None] | None = None,
+        num_workers: int = 3,
+        application_name: str | None = None,
+        leak_threshold: float | None = None,
+    ) -> None:
+        super().__init__(
+            conninfo,
+            connection_class=connection_class,
+            kwargs=kwargs,
+            min_size=min_size,
+            max_size=max_size,
+            open=open,
+            configure=configure,
+            check=check,
+            reset=reset,
+            name=name,
+            close_returns=close_returns,
+            timeout=timeout,
+            max_waiting=max_waiting,
+            max_lifetime=max_lifetime,
+            max_idle=max_idle,
+            reconnect_timeout=reconnect_timeout,
+            reconnect_failed=reconnect_failed,
+            num_workers=num_workers,
+            application_name=application_name,
+            leak_threshold=leak_threshold,
+        )

@@ -107,7 +107,7 @@ def release(
     ):
         # Life.give(), without the call.
         if not life.line or not life.line.offer(fresh):
-            life.idle.append(fresh)
+            life.keep(fresh)
         return None
     session.returned = checkout
     part_from_pipeline(conn)

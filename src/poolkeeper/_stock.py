@@ -9,15 +9,19 @@ is closed now where it is idle, and when it comes back where it is in use.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
-from ._config import require_sizes
+from ._config import null_size, require_sizes
 from ._ending import dismiss, replace
 from ._life import Life
 
 
 def grow(life: Life) -> None:
     """Ask for one more connection, if there is room and none is being made for who waits."""
-    if not life.growing and life.total < life.max_size:
+    if not life.keeps:
+        while life.connector.wanted < len(life.line) and life.total < life.max_size:
+            life.connector.add()
+    elif not life.growing and life.total < life.max_size:
         life.growing = True
         life.connector.add()
 
@@ -37,6 +41,12 @@ def forget(life: Life, number: int) -> None:
     """Count *number* connections less, which are not to be replaced."""
     life.made -= number
     life.growing = False
+
+
+def let_go(life: Life, conn: Any) -> None:
+    """Close a clean connection that nobody waits for, of a pool that keeps none."""
+    forget(life, 1)
+    dismiss(life, conn)
 
 
 def help_growth(life: Life) -> None:
@@ -74,7 +84,10 @@ def resize(life: Life, min_size: int, max_size: int | None) -> None:
     """
     if max_size is None:
         max_size = min_size
-    require_sizes(min_size, max_size)
+    if life.keeps:
+        require_sizes(min_size, max_size)
+    else:
+        max_size = null_size(min_size, max_size)
     life.min_size, life.max_size = min_size, max_size
     while life.total < min_size:
         life.connector.add()

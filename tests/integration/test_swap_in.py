@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 from psycopg import AsyncConnection
 from psycopg.rows import dict_row
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool, PoolTimeout
 
-from poolkeeper import AcquireTimeout, BoundPool, ConfigError, LoopMismatchError
+from poolkeeper import (
+    AcquireTimeout,
+    BoundNullPool,
+    BoundPool,
+    ConfigError,
+    LoopMismatchError,
+    OpenError,
+)
+from poolkeeper._embedded import free_port
+from tests.support.proxy import FaultProxy
+from tests.support.server import eventually
 
 POOLS = [AsyncConnectionPool, BoundPool]
+NULL_POOLS = [AsyncNullConnectionPool, BoundNullPool]
 OURS = {"application_name", "leak_threshold"}
 
 
@@ -28,9 +39,10 @@ def warned(caught: list[warnings.WarningMessage]) -> list[type[Warning]]:
     return [one.category for one in caught]
 
 
-def test_the_constructor_takes_the_same_with_the_same_defaults() -> None:
-    theirs = inspect.signature(AsyncConnectionPool).parameters
-    ours = inspect.signature(BoundPool).parameters
+@pytest.mark.parametrize(("bare", "bound"), [POOLS, NULL_POOLS])
+def test_the_constructor_takes_the_same_with_the_same_defaults(bare: Any, bound: Any) -> None:
+    theirs = inspect.signature(bare).parameters
+    ours = inspect.signature(bound).parameters
     assert [name for name in ours if name not in OURS] == list(theirs)
     for name, parameter in theirs.items():
         assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
@@ -136,3 +148,116 @@ def test_what_cannot_be_is_a_value_error(kind: Any, arguments: Any) -> None:
     with pytest.raises(ValueError) as caught:
         kind("", open=False, **arguments)
     assert kind is not BoundPool or isinstance(caught.value, ConfigError)
+
+
+# --- a pool that keeps none -----------------------------------------------------------------------
+
+NAME = "poolkeeper-null"
+SESSIONS = {"kwargs": {"application_name": NAME}}
+
+
+async def pid_of(pool: Any, seconds: float = 0.0) -> int:
+    async with pool.connection() as conn:
+        await asyncio.sleep(seconds)
+        return int(conn.info.backend_pid)
+
+
+@pytest.mark.parametrize("kind", NULL_POOLS)
+async def test_a_null_pool_closes_what_nobody_waits_for(
+    kind: Any, dsn: str, server_sessions: Any
+) -> None:
+    async with kind(dsn, **SESSIONS) as pool:
+        await pool.wait()
+        assert await asyncio.to_thread(eventually, lambda: server_sessions(NAME) == 0)
+        first, second = await pid_of(pool), await pid_of(pool)
+        assert first != second
+        assert await asyncio.to_thread(eventually, lambda: server_sessions(NAME) == 0)
+        stats = pool.get_stats()
+        assert (stats["pool_max"], stats["pool_available"]) == (0, 0)
+        assert (pool.min_size, pool.max_size) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", NULL_POOLS)
+async def test_a_null_pool_hands_a_connection_to_who_waits(kind: Any, dsn: str) -> None:
+    async with kind(dsn, max_size=1, timeout=20) as pool:
+        assert len(set(await asyncio.gather(*(pid_of(pool, 0.1) for _ in range(4))))) == 1
+
+
+@pytest.mark.parametrize("kind", NULL_POOLS)
+async def test_a_null_pool_without_a_maximum_makes_one_for_each(kind: Any, dsn: str) -> None:
+    async with kind(dsn, timeout=20) as pool:
+        everybody = asyncio.Barrier(12)
+
+        async def holds() -> None:
+            async with pool.connection():
+                await everybody.wait()
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(holds() for _ in range(12)))
+
+
+@pytest.mark.parametrize("kind", NULL_POOLS)
+async def test_a_null_pool_gives_a_changed_connection_on_as_it_was(kind: Any, dsn: str) -> None:
+    async with kind(dsn, max_size=1, timeout=20) as pool:
+        async with pool.connection() as conn:
+            waiting = asyncio.create_task(pid_of(pool))
+            await asyncio.sleep(0.05)
+            await conn.execute("select 1")
+            pid = conn.info.backend_pid
+        assert await waiting == pid
+
+
+@pytest.mark.parametrize("kind", NULL_POOLS)
+async def test_a_null_pool_that_cannot_connect_says_so_when_it_is_waited_for(kind: Any) -> None:
+    pool = kind(f"host=127.0.0.1 port={free_port()} user=nobody", open=False)
+    await pool.open()
+    with pytest.raises(PoolTimeout):
+        await pool.wait(timeout=0.5)
+    await pool.close()
+
+
+async def test_a_null_pool_raises_the_reason_that_stays_at_once(dsn: str) -> None:
+    async with asyncio.timeout(20):
+        with pytest.raises(OpenError, match="does not exist"):
+            await BoundNullPool(dsn, kwargs={"user": "no_such_role"}, open=False).open(wait=True)
+
+
+async def test_a_null_pool_is_back_after_an_outage(dsn: str) -> None:
+    proxy = FaultProxy(dsn)
+    proxy.start()
+    try:
+        async with BoundNullPool(proxy.dsn, max_size=4, timeout=30, open=False) as pool:
+            await uses(pool)
+            proxy.refuse = True
+            with pytest.raises(AcquireTimeout):
+                await pool.getconn(timeout=0.5)
+            waiting = [asyncio.create_task(uses(pool)) for _ in range(8)]
+            await asyncio.sleep(0.3)
+            proxy.refuse = False
+            async with asyncio.timeout(20):
+                await asyncio.gather(*waiting)
+            async with asyncio.timeout(20):
+                while pool.get_stats()["pool_size"]:
+                    await asyncio.sleep(0.01)
+    finally:
+        proxy.stop()
+
+
+@pytest.mark.parametrize("arguments", [{"min_size": 1}, {"max_size": -1}])
+@pytest.mark.parametrize("kind", NULL_POOLS)
+def test_a_null_pool_keeps_none(kind: Any, arguments: Any) -> None:
+    with pytest.raises(ValueError):
+        kind("", open=False, **arguments)
+
+
+async def test_a_null_pool_changes_only_its_maximum(dsn: str) -> None:
+    async with BoundNullPool(dsn) as pool:
+        await pool.resize(0, 3)
+        assert (pool.min_size, pool.max_size) == (0, 3)
+        with pytest.raises(ConfigError, match="min_size"):
+            await pool.resize(1, 3)
+        await pool.resize(0)
+        assert pool.max_size == 0
+        await pool.check()
+        await pool.drain()
+        await uses(pool)
