@@ -48,6 +48,10 @@ def _anchored(found: re.Match[str]) -> str:
     return heading if anchor == own else f"{{#{anchor}}}\n{heading}"
 
 
+# The end of a sentence's line within a paragraph: in Chinese no space stands there.
+_JOINED = re.compile(r"(?<=[。：；，、）”])\n *(?=\S)(?!- |\d+\. |[|#<]|!\[|```)")
+
+
 def _of_the_site(_app: Any, page: str, source: list[str]) -> None:
     """Turn what a forge understands into what Sphinx does."""
     here = Path(__file__).parent
@@ -55,6 +59,8 @@ def _of_the_site(_app: Any, page: str, source: list[str]) -> None:
         source[0] = (here.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     text = re.sub(r'^<a id="([\w-]+)"></a>\n+(#+ .+\n)', _anchored, source[0], flags=re.MULTILINE)
     text = text.replace("](../CHANGELOG.md)", "](changelog.md)")
+    if page.startswith("zh/"):
+        text = _JOINED.sub("", text)
     if page == "index":  # its lists are what the sidebar shows
         first, *more = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
         for caption, part in zip(["", *more[::2]], [first, *more[1::2]], strict=True):
@@ -62,6 +68,14 @@ def _of_the_site(_app: Any, page: str, source: list[str]) -> None:
             listed = "\n".join((f":caption: {caption}" if caption else "", "", *pages))
             text += f"\n```{{toctree}}\n:hidden:\n{listed}\n```\n"
     source[0] = text
+
+
+def _say_the_language(
+    _app: Any, page: str, _template: str, context: dict[str, Any], _: Any
+) -> None:
+    """Let a browser choose the font, and a screen reader the voice, for pages in Chinese."""
+    if page.startswith("zh/"):
+        context["language"] = "zh-CN"
 
 
 def _in_docstrings(_app: Any, *about: Any) -> None:
@@ -78,6 +92,7 @@ def _in_docstrings(_app: Any, *about: Any) -> None:
 
 
 def setup(app: Any) -> None:
-    """Tell Sphinx of both."""
+    """Tell Sphinx of these."""
     app.connect("source-read", _of_the_site)
+    app.connect("html-page-context", _say_the_language)
     app.connect("autodoc-process-docstring", _in_docstrings)
