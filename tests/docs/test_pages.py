@@ -50,6 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return away / "installed"
 
 
+@pytest.mark.timeout(300)  # several servers, one after the other
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(page: Path, wheel: Path, dsn: str, tmp_path: Path) -> None:
     # "make pages" does all of them twice, which takes its time.
