@@ -25,6 +25,18 @@ _UNDER_PYTEST = (
     " one scope."
 )
 
+_OUTSIDE = "Await it from a coroutine on the loop that opened the pool."
+_ELSEWHERE = (
+    "Open one PoolManager per event loop, or hand the work to the owner loop with"
+    " asyncio.run_coroutine_threadsafe()."
+)
+_WORKER = "AnyIO worker thread"
+_IN_WORKER = (
+    'The framework calls what is not async in a thread of its own: write "async def", or in the'
+    ' function anyio.from_thread.run(manager.fetchval, "select 1"), which asks on the loop of the'
+    " application."
+)
+
 _beginning = threading.Lock()
 
 inherited: list[object] = []
@@ -167,8 +179,7 @@ class LoopBinding:
             return LoopMismatchError(
                 f'pool "{self.name}" was used outside of its event loop',
                 detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-                hint=f"Await it from a coroutine on the loop that opened the pool."
-                f" {see('loop-mismatch')}",
+                hint=f"{_IN_WORKER if used.thread == _WORKER else _OUTSIDE} {see('loop-mismatch')}",
             )
         if loop is None or loop.is_closed():
             return LoopMismatchError(
@@ -188,8 +199,7 @@ class LoopBinding:
         return LoopMismatchError(
             f'pool "{self.name}" is bound to a different event loop',
             detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-            hint="Open one PoolManager per event loop, or hand the work to the owner loop with"
-            f" asyncio.run_coroutine_threadsafe(). {see('loop-mismatch')}",
+            hint=f"{_IN_WORKER if used.thread == _WORKER else _ELSEWHERE} {see('loop-mismatch')}",
         )
 
     def _owner_in_words(self, loop_state: str = "") -> str:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import wraps
 from types import FrameType, TracebackType
-from typing import Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
 
 from psycopg import AsyncConnection, pq
 from psycopg.rows import TupleRow
@@ -74,6 +74,14 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
                 return await function(*args, **kwargs)
 
         return in_block
+
+    if not TYPE_CHECKING:  # type checkers say so as well
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(
+                f'connection() of pool "{self._pool.name}" cannot be awaited: write "async with'
+                ' ...connection() as conn:", which gives the connection back, too'
+            )
 
     def for_calls_of(
         self, function: Callable[..., object]

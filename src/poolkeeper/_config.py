@@ -116,6 +116,17 @@ _PSYCOPG_PARAMETERS = frozenset(
 )
 
 
+def refuse_misplaced(arguments: Mapping[str, object]) -> None:
+    """Tell who gives the manager an argument of ``connect()`` where that belongs."""
+    for name in _PSYCOPG_PARAMETERS.intersection(arguments):
+        raise ConfigError(
+            f"{name} is no parameter of PoolManager",
+            parameter=name,
+            detail="It is one of psycopg's connect(), which makes the connections.",
+            hint=f'Write PoolManager(..., kwargs={{"{name}": ...}}). {see("config")}',
+        )
+
+
 def server(
     conninfo: Any, kwargs: dict[str, ConnParam], user_class: type[AsyncConnection[Any]]
 ) -> tuple[str, ...] | None:

@@ -28,7 +28,7 @@ from ._binding import LoopBinding
 from ._checkouts import Checkout
 from ._session import BAD, UNKNOWN, Handle, Session, SharedAdapters, shut_down
 from ._waiting import Patience
-from ._where import Place
+from ._where import Handler, Place
 from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
@@ -360,6 +360,17 @@ class RetiredConnection(BoundConnection):
         pass  # the session is not ours any more
 
 
+_AFTER_BLOCK = (
+    'Keep the work inside the "async with" block, acquire a connection of its own for work that'
+    " outlives it, and give a connection back once."
+)
+_AFTER_RESPONSE = (
+    "It was the request's, and was given back before the response was sent: give what runs later,"
+    " such as a background task or a streamed body, the manager, and let it acquire a connection"
+    ' of its own: "async with manager.connection() as conn".'
+)
+
+
 class ReleasedConnection(RetiredConnection):
     """A handle that was given back."""
 
@@ -379,10 +390,13 @@ class ReleasedConnection(RetiredConnection):
         return ReleasedConnectionError(
             f'connection of pool "{self._binding.name}" was {what}',
             detail=self._history(last),
-            hint="The session may be another task's by now. Keep the work inside the"
-            ' "async with" block, acquire a connection of its own for work that outlives it, and'
-            f" give a connection back once. {see('released')}",
+            hint="The session may be another task's by now."
+            f" {_AFTER_RESPONSE if self._was_of_request() else _AFTER_BLOCK} {see('released')}",
         )
+
+    def _was_of_request(self) -> bool:
+        checkout: Checkout | None = vars(self).get("_checkout")
+        return checkout is not None and isinstance(checkout.code, Handler)
 
 
 class RevokedConnection(RetiredConnection):

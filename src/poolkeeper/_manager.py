@@ -24,7 +24,7 @@ from typing_extensions import TypeVar
 from . import _facts, _lost_work, _watching
 from ._binding import beginning
 from ._block import Block, CheckoutContext
-from ._config import bad, require_number
+from ._config import bad, refuse_misplaced, require_number
 from ._life import State
 from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function, warn_user
@@ -52,7 +52,17 @@ Isolation: TypeAlias = (
 _open_managers: weakref.WeakSet[PoolManager[Any]] = weakref.WeakSet()
 
 
-class PoolManager(Generic[ACT_co]):
+class _TellsOfMisplaced:
+    """Tells who gives the manager an argument of ``connect()`` where that belongs."""
+
+    # Of a base, so that the signature is that of __init__().
+    def __new__(cls, *_: Any, **arguments: Any) -> Self:
+        if cls.__init__ is PoolManager.__init__:
+            refuse_misplaced(arguments)
+        return super().__new__(cls)
+
+
+class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
     """
     Keeps a psycopg connection pool alive, on the right event loop, and honest.
 

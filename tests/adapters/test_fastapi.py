@@ -444,6 +444,7 @@ def test_an_endpoint_in_a_thread_that_runs_a_loop_of_its_own_is_refused(
                 http.get(path)
             assert 'pool "orders" is bound to a different event loop' in str(caught.value)
             assert "AnyIO worker thread" in str(caught.value)
+            assert 'write "async def", or in the function anyio.from_' in str(caught.value)
             assert db.snapshot().in_use == 0
         assert http.get("/value").json() == 1
 
@@ -636,7 +637,24 @@ def test_a_background_task_cannot_use_the_connection_of_the_request(
     with TestClient(app) as http, pytest.raises(ReleasedConnectionError) as caught:
         http.post("/items?text=a")
     assert "was given back" in str(caught.value)
+    assert "give what runs later, such as a background task" in str(caught.value)
     assert items() == ["a"]
+
+
+def test_a_background_task_that_is_not_async_is_told_what_to_write(app: FastAPI) -> None:
+    def later(pool: PoolManager[Any]) -> None:
+        async def ask() -> None:
+            await pool.fetchval("select 1")
+
+        asyncio.run(ask())
+
+    @app.post("/items")
+    async def add(pool: DepPool, tasks: BackgroundTasks) -> None:
+        tasks.add_task(later, pool)
+
+    with TestClient(app) as http, pytest.raises(LoopMismatchError) as caught:
+        http.post("/items")
+    assert 'write "async def", or in the function anyio.from_thread.run(' in str(caught.value)
 
 
 def test_a_background_task_takes_one_from_the_pool(

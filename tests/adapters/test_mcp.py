@@ -188,7 +188,7 @@ async def test_a_tool_that_is_not_async_is_told_why_it_has_no_pool(
     assert answer.is_error
     reason = all_text(caplog.records[-1].exc_info[1])  # type: ignore[index, arg-type]
     assert 'pool "orders" was used outside of its event loop' in reason
-    assert "Await it from a coroutine on the loop that opened the pool" in reason
+    assert 'write "async def", or in the function anyio.from_thread.run(' in reason
 
 
 async def test_a_tool_that_asks_the_user_inside_of_the_block_is_named_by_the_diagnosis(

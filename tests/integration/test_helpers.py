@@ -453,3 +453,17 @@ async def test_a_cursor_copies_and_runs_many(one: PoolManager[Any], table: str) 
             for n in range(20, 30):
                 await copy.write_row((n,))
     assert await one.fetchval(f"select count(*) from {table}") == 23
+
+
+# --- what is often written instead ----------------------------------------------------------------
+
+
+async def test_a_connection_that_is_awaited_says_what_to_write(one: PoolManager[Any]) -> None:
+    awaited: Any = one.connection()
+    with pytest.raises(
+        TypeError, match=r'"orders" cannot be awaited: write "async with \.\.\.conn'
+    ):
+        await awaited
+    async with awaited:  # nothing has happened yet
+        assert one.snapshot().in_use == 1
+    assert one.snapshot().in_use == 0

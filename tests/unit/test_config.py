@@ -165,6 +165,26 @@ def test_the_error_says_what_would_work(arguments: dict[str, Any], text: str) ->
     assert str(caught.value) == f"{text}\nHINT:  {see('config')}"
 
 
+@pytest.mark.parametrize("name", ["row_factory", "autocommit", "prepare_threshold"])
+def test_an_argument_of_connect_that_is_given_to_the_manager_says_where_it_belongs(
+    name: str,
+) -> None:
+    arguments: dict[str, Any] = {name: None}
+    with pytest.raises(ConfigError) as caught:
+        PoolManager("", **arguments)
+    assert caught.value.parameter == name
+    assert str(caught.value).splitlines()[0] == f"{name} is no parameter of PoolManager"
+    assert f'Write PoolManager(..., kwargs={{"{name}": ...}}).' in str(caught.value)
+
+
+def test_a_subclass_may_take_it() -> None:
+    class Rows(PoolManager[Any]):
+        def __init__(self, row_factory: Any) -> None:
+            super().__init__("", kwargs={"row_factory": row_factory})
+
+    assert Rows(row_factory=dict_row).state == "new"
+
+
 @pytest.mark.parametrize("where", ["conninfo", "kwargs"])
 def test_no_value_that_may_hold_a_password_is_in_the_error(where: str) -> None:
     bad: Any = b"password=sEcr3t" if where == "conninfo" else ["password=sEcr3t"]

@@ -77,7 +77,7 @@ async def pool(connection: HTTPConnection) -> PoolManager[Any]:
     return starlette.pool_from(connection)
 
 
-async def connection(connection: HTTPConnection) -> AsyncConnection[Any]:
+async def connection(connection: HTTPConnection) -> AsyncConnection[Any]:  # pyright: ignore[reportRedeclaration]
     """
     Return the connection of this request: the dependency behind `DepConnection`.
 

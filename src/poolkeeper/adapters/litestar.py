@@ -287,8 +287,9 @@ def _handler(scope: Scope) -> Any:
 
 
 def _route(scope: Scope) -> Route:
-    path = scope.get("path_template")
-    return (str(scope.get("method", "WEBSOCKET")), path) if path else None
+    found = _as_dict(scope)
+    path: str | None = found.get("path_template")
+    return (found.get("method", "WEBSOCKET"), path) if path else None
 
 
 def _as_dict(scope: Scope) -> dict[str, Any]:
