@@ -40,6 +40,7 @@ from poolkeeper.adapters.fastapi import (
     exhausted,
     lifespan,
     livez,
+    pool,
     readyz,
 )
 
@@ -706,9 +707,23 @@ def test_the_health_endpoints_are_not_in_the_schema(app: FastAPI) -> None:
 
 def test_the_pool_is_no_parameter_of_the_url(app: FastAPI) -> None:
     @app.get("/pool")
-    async def pool(pool: DepPool) -> str:
+    async def named(pool: DepPool) -> str:
         return pool.name
 
     assert "parameters" not in app.openapi()["paths"]["/pool"]["get"]
     with TestClient(app) as http:
         assert http.get("/pool?key=other").json() == "orders"
+
+
+def test_the_pool_can_be_overridden_and_takes_no_thread(app: FastAPI, db: PoolManager[Any]) -> None:
+    @app.get("/pool")
+    async def named(pool: DepPool) -> str:
+        return pool.name
+
+    async def other() -> PoolManager[Any]:
+        return PoolManager("", name="other")
+
+    app.dependency_overrides[pool] = other
+    with TestClient(app) as http:
+        assert http.get("/pool").json() == "other"
+    assert inspect.iscoroutinefunction(pool)  # FastAPI calls others in a thread
