@@ -11,8 +11,9 @@ export PYTHON
 
 RUN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 PYTEST := -m pytest -p tests.support.no_skips --no-skips
-# Most tests wait for a server or a timeout: more of them at once than there are cores.
-TOGETHER := -n 3 --dist loadfile
+# Most tests wait for a server or a timeout: more of them at once than there are cores. Not file by
+# file: those with few tests that take long would come last, and most workers have nothing to do.
+TOGETHER := -n 4 --dist worksteal
 
 # Of "make soak": seconds, a number to choose by (a new one each time, which it prints), the loop.
 TIME ?= 60

@@ -29,7 +29,7 @@ def run_suite(session: nox.Session, *arguments: str, **env: str) -> None:
     """Run the whole suite, or what was asked for after ``--``."""
     session.run(
         "python", "-m", "pytest", "-p", "tests.support.no_skips", "--no-skips",
-        "-n", "3", "--dist", "loadfile", *arguments, *session.posargs, env=env,
+        "-n", "4", "--dist", "worksteal", *arguments, *session.posargs, env=env,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def main() -> None:
         if chosen.suite:
             run(
                 python, "-m", "pytest", "-p", "tests.support.no_skips", "--no-skips",
-                "-n", "3", "--dist", "loadfile", cwd=ROOT,
+                "-n", "4", "--dist", "worksteal", cwd=ROOT,
             )  # fmt: skip
 
         say(f"installing {sdist.name}")
