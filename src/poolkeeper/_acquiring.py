@@ -19,8 +19,9 @@ from types import FrameType
 from typing import Any
 
 from . import _facts, _reporting
-from ._checkouts import Checkout, Waiter
+from ._checkouts import Checkout
 from ._life import Life, closed_error
+from ._line import Waiter
 from ._moment import Moment
 from ._session import Session
 from ._stock import help_growth

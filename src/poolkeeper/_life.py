@@ -22,12 +22,14 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from ._between import Between
 from ._binding import LoopBinding
 from ._checking import Checks
-from ._checkouts import Ledger, Line, LineClock, SlowCallbacks
+from ._checkouts import Ledger
 from ._classes import BoundClasses
 from ._cleaning import Cleaner
+from ._clock import LineClock, SlowCallbacks
 from ._counters import Counters
 from ._failover import Failover
 from ._health import Question
+from ._line import Line
 from ._moment import Moment
 from ._recovery import Connector
 from ._session import Session

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, TypeAlias
 from psycopg import pq
 
 from . import _facts
-from ._checkouts import Checkout, Holder, Load, Waiter, stalled_seconds
+from ._checkouts import Checkout, Load
+from ._clock import stalled_seconds
+from ._line import Waiter
 from ._where import Code, asker, is_library, route_of, site, where_now
 from .errors import see
 
@@ -64,7 +66,7 @@ class Waiting(NamedTuple):
 
 
 def note_held(
-    checkouts: Iterable[Checkout], waiting: Container[Holder], gave_up: Container[Holder]
+    checkouts: Iterable[Checkout], waiting: Container[object], gave_up: Container[object]
 ) -> list[Held]:
     """Note who holds a connection, in the order of *checkouts*."""
     held: list[Held] = []

@@ -17,8 +17,8 @@ from . import _facts
 from ._acquiring import end_deadlock, time_out
 from ._binding import LoopBinding, beginning
 from ._checking import Checks
-from ._checkouts import LineClock, SlowCallbacks
 from ._classes import BoundClasses
+from ._clock import LineClock, SlowCallbacks
 from ._closing import abandon, end
 from ._failover import Failover
 from ._life import Life, Pool, State

@@ -11,7 +11,6 @@ from collections.abc import Container
 from time import monotonic
 
 from . import _facts
-from ._checkouts import Holder
 from ._life import Life, NoLife, State
 from ._moment import Moment, note_held, note_waiting
 from .errors import OpenError, see
@@ -79,7 +78,7 @@ def snapshot(life: Life | NoLife) -> _facts.PoolSnapshot:
     return moment(life).snapshot()
 
 
-def moment(life: Life, gave_up: Container[Holder] = ()) -> Moment:
+def moment(life: Life, gave_up: Container[object] = ()) -> Moment:
     """
     Note the facts of this moment.
 

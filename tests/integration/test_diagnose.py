@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from poolkeeper import AcquireTimeout, PoolManager, _diagnosis
-from poolkeeper._checkouts import LineClock
+from poolkeeper._clock import LineClock
 from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy

@@ -20,7 +20,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, TooManyRequests
 
 from poolkeeper import AcquireTimeout, PoolManager, TooManyWaitersError
-from poolkeeper._checkouts import LineClock
+from poolkeeper._clock import LineClock
 from tests.support.inside import life
 
 MakeManager = Callable[..., PoolManager[Any]]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from poolkeeper._binding import LoopBinding
-from poolkeeper._checkouts import Checkout, Waiter
+from poolkeeper._checkouts import Checkout
 from poolkeeper._connection import BoundConnection
+from poolkeeper._line import Waiter
 from poolkeeper._recovery import Connector
 from poolkeeper._session import Session
 

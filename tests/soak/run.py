@@ -26,8 +26,9 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import AcquireTimeout, PoolManager
-from poolkeeper._checkouts import Checkout, Waiter
+from poolkeeper._checkouts import Checkout
 from poolkeeper._connection import BoundConnection
+from poolkeeper._line import Waiter
 from poolkeeper._session import Session
 
 from . import messes  # noqa: F401 - registers its kinds of work

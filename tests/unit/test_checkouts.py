@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from poolkeeper import ClosedError, _checkouts
-from poolkeeper._checkouts import Checkout, Ledger, Line, LineClock, SlowCallbacks, Waiter
+from poolkeeper._checkouts import Checkout, Ledger
+from poolkeeper._clock import LineClock, SlowCallbacks, stalled_seconds
+from poolkeeper._line import MOST_GRACE, Line, Waiter
 from tests.unit.fake_time import FakeLoop
 
 MakeWaiters = Callable[[int], list[Waiter]]
@@ -74,15 +76,6 @@ async def test_a_task_that_was_cancelled_takes_nothing() -> None:
     assert not waiter.offer("conn")
     waiter.refuse(ClosedError("closed"))
     assert waiter.future.cancelled()
-
-
-async def test_a_waiter_answers_as_psycopg_pools_own_do() -> None:
-    served, refused = (a_waiter() for _ in range(2))
-    assert await served.set("conn") is True
-    assert await served.set("another") is False
-    assert await refused.fail(ClosedError("closed")) is True
-    assert served.future.result() == "conn"
-    assert isinstance(refused.future.exception(), ClosedError)
 
 
 async def test_first_come_first_served(line: Line, join: MakeWaiters) -> None:
@@ -272,7 +265,8 @@ class Queue:
 @pytest.fixture
 async def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     loop = FakeLoop()
-    monkeypatch.setattr("poolkeeper._checkouts.monotonic", loop.time)
+    for module in ("_line", "_clock", "_checkouts"):
+        monkeypatch.setattr(f"poolkeeper.{module}.monotonic", loop.time)
     return Queue(loop)
 
 
@@ -406,12 +400,12 @@ async def test_the_time_given_back_is_bounded_however_often_the_loop_stalls(queu
     for _ in range(4):
         queue.loop.stand_still(0.85)
     newcomer = queue.join(3.0)
-    assert newcomer.grace == LineClock.MOST_GRACE
+    assert newcomer.grace == MOST_GRACE
     queue.loop.pass_time(1.0)
     assert [w for w, _ in queue.expired] == [waiter]
-    assert begin + 3.0 < waiter.deadline <= begin + 3.0 + LineClock.MOST_GRACE
+    assert begin + 3.0 < waiter.deadline <= begin + 3.0 + MOST_GRACE
     queue.loop.stand_still(60)
-    queue.loop.pass_time(LineClock.MOST_GRACE + 0.1)
+    queue.loop.pass_time(MOST_GRACE + 0.1)
     assert [w for w, _ in queue.expired] == [waiter, newcomer]
 
 
@@ -549,7 +543,7 @@ def test_only_the_part_of_a_stall_that_lay_in_a_wait_counts(
 ) -> None:
     # From 8 to 10, from 17 to 20; and a loop that is only busy.
     stalls = ((9.0, 0.2), (10.0, 2.0), (14.0, 0.24), (20.0, 3.0))
-    assert _checkouts.stalled_seconds(stalls, since, until) == seconds
+    assert stalled_seconds(stalls, since, until) == seconds
 
 
 async def test_what_asyncio_says_of_slow_callbacks_is_remembered() -> None:
@@ -646,7 +640,8 @@ async def test_a_stack_is_kept_only_where_it_is_asked_for() -> None:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
     loop = FakeLoop()
-    monkeypatch.setattr("poolkeeper._checkouts.monotonic", loop.time)
+    for module in ("_line", "_clock", "_checkouts"):
+        monkeypatch.setattr(f"poolkeeper.{module}.monotonic", loop.time)
     return loop
 
 
