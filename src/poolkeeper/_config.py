@@ -97,7 +97,7 @@ def conninfo(given: Any) -> Any:
     if isinstance(given, str):
         return _conninfo.normalise(given)
     if not callable(given):
-        raise bad("conninfo", type(given), "a string or a function that returns one")
+        raise bad("conninfo", cast(Any, type(given)), "a string or a function that returns one")
     return given
 
 

@@ -404,7 +404,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             await asyncio.wait(checks)
 
 
-class BoundNullPool(BoundPool[ACT], AsyncNullConnectionPool[ACT]):
+class BoundNullPool(BoundPool[ACT], AsyncNullConnectionPool[ACT]):  # pyright: ignore[reportIncompatibleMethodOverride]
     """
     A pool that keeps no connections, for programs behind a pooler; with every guard.
 
