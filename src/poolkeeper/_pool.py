@@ -41,14 +41,13 @@ class BoundPool(AsyncConnectionPool[ACT]):
     ``from poolkeeper import BoundPool as AsyncConnectionPool``.
 
     Args:
-        conninfo, connection_class, kwargs, min_size, max_size, configure, check, name,
-            close_returns, timeout, max_waiting, max_lifetime, max_idle, reconnect_timeout,
-            reconnect_failed, num_workers: As for `AsyncConnectionPool`.
+        conninfo: As for `AsyncConnectionPool`; so is whatever is not named here.
         open: As there: False to open it later. With None or True it opens in the constructor,
             on the running loop, and warns; with None not before it is used, and not if it was
             entered as a context manager.
         reset: As there; or ``"discard"``, for `PoolManager`'s.
-        application_name, leak_threshold: As for `PoolManager`.
+        application_name: As for `PoolManager`.
+        leak_threshold: As for `PoolManager`.
 
     Raises:
         ConfigError: If a parameter cannot work; names it.
