@@ -7,6 +7,7 @@ handed around before anything is open.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import warnings
 import weakref
@@ -19,7 +20,7 @@ import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, override
 
 from . import _facts, _lost_work, _watching
 from ._binding import beginning
@@ -32,8 +33,10 @@ from .errors import (
     ConfigError,
     DuplicatePoolWarning,
     PoolkeeperError,
+    QueryTimeout,
     UnclosedManagerWarning,
     briefly,
+    see,
 )
 
 ACT_co = TypeVar(
@@ -488,7 +491,12 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
     @coroutine_function
     def execute(
-        self, query: Query, params: Params | None = None, *, timeout: float | None = None
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, int]:
         """
         Run one statement by itself and return how many rows it touched.
@@ -501,19 +509,24 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         Args:
             query: The statement, as for `psycopg.AsyncConnection.execute()`.
             params: Its parameters.
-            timeout: Seconds to wait for a connection, as for `connection()`.
+            timeout: Seconds to wait for a connection, as for `connection()`. How long the
+                statement takes then is the matter of *query_timeout*.
+            query_timeout: Seconds that the statement may take, once there is a connection; any
+                number of them if None. The server is asked to stop it then, which keeps the
+                connection.
 
         Returns:
             psycopg's ``rowcount``: rows returned or changed, -1 where the statement has none.
 
         Raises:
+            QueryTimeout: If the statement has taken longer than *query_timeout*.
             psycopg.Error: What the server says.
 
         For the other errors see `connection()`.
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, sys._getframe(1))
+        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
         return _named("execute", _one_shot(checkout, query, params, None, _rowcount))
 
     @overload
@@ -523,6 +536,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         params: Params | None = None,
         *,
         timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, Row | None]: ...
 
     @overload
@@ -533,6 +547,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         *,
         row_factory: AsyncRowFactory[Row2],
         timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, Row2 | None]: ...
 
     @coroutine_function
@@ -543,6 +558,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         *,
         row_factory: AsyncRowFactory[Any] | None = None,
         timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """
         Run one statement as `execute()` does and return its first row.
@@ -553,7 +569,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, sys._getframe(1))
+        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
         return _named("fetchone", _one_shot(checkout, query, params, row_factory, _first_row))
 
     @overload
@@ -563,6 +579,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         params: Params | None = None,
         *,
         timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, list[Row]]: ...
 
     @overload
@@ -573,6 +590,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         *,
         row_factory: AsyncRowFactory[Row2],
         timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, list[Row2]]: ...
 
     @coroutine_function
@@ -583,6 +601,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         *,
         row_factory: AsyncRowFactory[Any] | None = None,
         timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, list[Any]]:
         """
         Run one statement as `execute()` does and return all its rows.
@@ -592,12 +611,17 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, sys._getframe(1))
+        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
         return _named("fetchall", _one_shot(checkout, query, params, row_factory, _all_rows))
 
     @coroutine_function
     def fetchval(
-        self, query: Query, params: Params | None = None, *, timeout: float | None = None
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        query_timeout: float | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """
         Run one statement as `execute()` does and return the first column of its first row.
@@ -607,11 +631,17 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, sys._getframe(1))
+        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
         return _named("fetchval", _one_shot(checkout, query, params, scalar_row, _first_row))
 
-    def _checkout(self, timeout: float | None, frame: FrameType) -> CheckoutContext[Any]:
-        return CheckoutContext(self._pool, timeout, frame, True)
+    def _checkout(
+        self, timeout: float | None, query_timeout: float | None, frame: FrameType
+    ) -> AbstractAsyncContextManager[Any]:
+        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame, True)
+        if query_timeout is None:
+            return checkout
+        require_number(query_timeout=query_timeout)
+        return _TimedCheckout(checkout, query_timeout)
 
 
 def _named(method: str, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
@@ -621,7 +651,7 @@ def _named(method: str, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any
 
 
 async def _one_shot(
-    checkout: CheckoutContext[Any],
+    checkout: AbstractAsyncContextManager[Any],
     query: Query,
     params: Params | None,
     row_factory: AsyncRowFactory[Any] | None,
@@ -640,6 +670,50 @@ async def _one_shot(
             return await result(cursor)
     except (PoolkeeperError, psycopg.Error) as ex:
         raise ex.with_traceback(None)  # noqa: B904 - see briefly()
+
+
+class _TimedCheckout(AbstractAsyncContextManager[Any]):
+    """A checkout that ends by itself: *seconds* after its connection was acquired."""
+
+    def __init__(self, checkout: CheckoutContext[Any], seconds: float) -> None:
+        self._checkout = checkout
+        self._seconds = seconds
+
+    @override
+    async def __aenter__(self) -> Any:
+        self._conn = await self._checkout.__aenter__()
+        self._limit = asyncio.timeout(self._seconds)
+        await self._limit.__aenter__()
+        return self._conn
+
+    @override
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._limit.__aexit__(exc_type, exc, traceback)
+        except TimeoutError:
+            error = self._timed_out()
+            await self._checkout.__aexit__(type(error), error, None)
+            raise error from None  # before it is our own cancellation, through all of psycopg
+        await self._checkout.__aexit__(exc_type, exc, traceback)
+
+    def _timed_out(self) -> QueryTimeout:
+        name, checkout = self._conn._binding.name, self._conn._checkout
+        if self._conn.closed:
+            end = "did not stop it within a second, so its connection was closed"
+        else:
+            end = "was asked to stop it, and its connection is still good"
+        return QueryTimeout(
+            f'a statement on pool "{name}" took longer than query_timeout={self._seconds:.2f} s',
+            detail=f"Asked {checkout}. There was a connection; the server {end}.",
+            hint="Look at what the server does meanwhile: EXPLAIN, pg_locks; or give it more time."
+            " What the statement changes may be done all the same, if it was at its end: look"
+            f" before you do it again. {see('query-timeout')}",
+        )
 
 
 async def _rowcount(cursor: AsyncCursor[Any]) -> int:

@@ -32,6 +32,7 @@ __all__ = [
     "NotOpenError",
     "OpenError",
     "PoolkeeperError",
+    "QueryTimeout",
     "ReleasedConnectionError",
     "SelfDeadlockError",
     "TooManyWaitersError",
@@ -262,6 +263,14 @@ class SelfDeadlockError(AcquireTimeout):
 
 class TooManyWaitersError(NoConnectionError, TooManyRequests):
     """``max_waiting`` tasks are waiting for a connection already."""
+
+
+class QueryTimeout(PoolkeeperError, psycopg.errors.QueryCanceled):
+    """
+    A statement has taken longer than its ``query_timeout``, and was stopped.
+
+    Also what psycopg raises for the server's own ``statement_timeout``.
+    """
 
 
 class ReleasedConnectionError(PoolkeeperError, psycopg.InterfaceError):

@@ -35,6 +35,7 @@ from poolkeeper import (
     OpenError,
     PoolkeeperError,
     PoolManager,
+    QueryTimeout,
     ReleasedConnectionError,
     SelfDeadlockError,
     TooManyWaitersError,
@@ -312,6 +313,21 @@ async def test_lost_work(make_manager: MakeManager) -> None:
         a connection of pool "orders" was lost with a transaction open: its work is not committed
         DETAIL:  Acquired in TASK at SITE in FUNCTION. Its block has ended without an error.
         HINT:  Let the error that told of the loss end the block, or do the work again. If it was lost in the middle of commit(), look whether it is there. See DOCS#lost-work
+        """,  # noqa: E501
+    )
+
+
+async def test_a_statement_that_takes_too_long(make_manager: MakeManager) -> None:
+    db = make_manager(name="orders", min_size=1, max_size=1)
+    await db.open()
+    with pytest.raises(QueryTimeout) as caught:
+        await db.fetchval("select pg_sleep(60)", query_timeout=0.1)
+    assert_text(
+        caught.value,
+        """
+        a statement on pool "orders" took longer than query_timeout=N s
+        DETAIL:  Asked in TASK at SITE in FUNCTION. There was a connection; the server was asked to stop it, and its connection is still good.
+        HINT:  Look at what the server does meanwhile: EXPLAIN, pg_locks; or give it more time. What the statement changes may be done all the same, if it was at its end: look before you do it again. See DOCS#query-timeout
         """,  # noqa: E501
     )
 
