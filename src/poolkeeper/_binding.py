@@ -15,17 +15,16 @@ import weakref
 from asyncio import _get_running_loop
 from collections.abc import Callable
 
+from ._advice import advice, advice_after_fork
 from ._where import Place, running_loop
 from .errors import LoopMismatchError, see
 
 _bindings: weakref.WeakSet[LoopBinding] = weakref.WeakSet()
 
-_UNDER_PYTEST = (
-    "Under pytest, set asyncio_default_fixture_loop_scope and asyncio_default_test_loop_scope to"
-    " one scope."
+_OUTSIDE = (
+    "Await it from a coroutine on the loop that opened the pool; in a thread without a loop, hand"
+    " that one the work with asyncio.run_coroutine_threadsafe()."
 )
-
-_OUTSIDE = "Await it from a coroutine on the loop that opened the pool."
 _ELSEWHERE = (
     "Open one PoolManager per event loop, or hand the work to the owner loop with"
     " asyncio.run_coroutine_threadsafe()."
@@ -173,20 +172,22 @@ class LoopBinding:
                 f" Used {used} in process {os.getpid()}, forked from it, to {purpose}.",
                 hint="Open the pool in each process, after the fork: await manager.open()."
                 " The parent's connections stay the parent's. With gunicorn, open it in the"
-                f" application's lifespan, not at import under --preload. {see('fork')}",
+                " application's lifespan, not at import under --preload."
+                f" {advice_after_fork()}{see('fork')}",
             )
         if used.loop == "no event loop":
             return LoopMismatchError(
                 f'pool "{self.name}" was used outside of its event loop',
                 detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-                hint=f"{_IN_WORKER if used.thread == _WORKER else _OUTSIDE} {see('loop-mismatch')}",
+                hint=f"{_IN_WORKER if used.thread == _WORKER else _OUTSIDE}"
+                f" {advice(True)}{see('loop-mismatch')}",
             )
         if loop is None or loop.is_closed():
             return LoopMismatchError(
                 f'pool "{self.name}" is bound to an event loop that is closed',
                 detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
                 hint="Every asyncio.run() makes a new loop: open the pool in the one that uses"
-                f' it, with "async with manager:". {_UNDER_PYTEST} {see("loop-mismatch")}',
+                f' it, with "async with manager:". {advice()}{see("loop-mismatch")}',
             )
         if not loop.is_running():
             # The thread that would run it may be this one: who waits for it waits for ever.
@@ -194,12 +195,13 @@ class LoopBinding:
                 f'pool "{self.name}" is bound to a different event loop',
                 detail=f"Opened {self._owner_in_words('not running')}. Used {used} to {purpose}.",
                 hint="Open the pool on the loop that uses it: the one that opened it does not run,"
-                f" so no work can be handed to it. {_UNDER_PYTEST} {see('loop-mismatch')}",
+                f" so no work can be handed to it. {advice()}{see('loop-mismatch')}",
             )
         return LoopMismatchError(
             f'pool "{self.name}" is bound to a different event loop',
             detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-            hint=f"{_IN_WORKER if used.thread == _WORKER else _ELSEWHERE} {see('loop-mismatch')}",
+            hint=f"{_IN_WORKER if used.thread == _WORKER else _ELSEWHERE}"
+            f" {advice(True)}{see('loop-mismatch')}",
         )
 
     def _owner_in_words(self, loop_state: str = "") -> str:

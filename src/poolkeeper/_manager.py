@@ -112,6 +112,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
     _pool: BoundPool[Any]
 
+    @briefly
     def __init__(
         self,
         conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",

@@ -62,6 +62,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
     life: Life | NoLife
     options: Options
 
+    @briefly
     def __init__(
         self,
         conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",

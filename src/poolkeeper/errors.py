@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from functools import wraps
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import psycopg
@@ -99,6 +100,16 @@ def briefly(method: _Method) -> _Method:
 
     What lies between is of no use to whoever reads it, and would be most of what there is to read.
     """
+    if not iscoroutinefunction(method):
+
+        @wraps(method)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            except PoolkeeperError as ex:
+                raise ex.with_traceback(None)  # noqa: B904 - it is the same
+
+        return cast(_Method, make)
 
     @wraps(method)
     async def call(*args: Any, **kwargs: Any) -> Any:

@@ -202,8 +202,8 @@ def test_another_loop(dsn: str) -> None:
         """
         pool "orders" was used outside of its event loop
         DETAIL:  Opened at SITE in TASK. Used at SITE OUTSIDE to acquire a connection.
-        HINT:  Await it from a coroutine on the loop that opened the pool. See DOCS#loop-mismatch
-        """,
+        HINT:  Await it from a coroutine on the loop that opened the pool; in a thread without a loop, hand that one the work with asyncio.run_coroutine_threadsafe(). See DOCS#loop-mismatch
+        """,  # noqa: E501
     )
     owner.close()
     with pytest.raises(LoopMismatchError) as caught:

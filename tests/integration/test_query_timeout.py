@@ -118,5 +118,5 @@ async def test_a_server_that_does_not_stop_it_costs_the_connection(
 @pytest.mark.parametrize("seconds", [-1, "5", True])
 async def test_what_is_no_number_of_seconds_is_refused(one: PoolManager[Any], seconds: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        one.execute("select 1", query_timeout=seconds)
+        await one.execute("select 1", query_timeout=seconds)
     assert caught.value.parameter == "query_timeout"
