@@ -242,15 +242,16 @@ class WaitingConnection(AsyncConnection[Any]):
         if wire.socket != pgconn.socket:  # which raises if the connection is closed
             wire.let_go()
             wire.socket = pgconn.socket
+        state: int | None = None
         try:
-            state = next(gen)
-        except StopIteration as done:
-            await wire.let_others_run()
-            return done.value  # type: ignore[no-any-return]
-        loop = get_running_loop()
-        until = None if timeout is None else monotonic() + timeout
-        simple = until is interval is None
-        try:
+            try:
+                state = next(gen)
+            except StopIteration as done:
+                await wire.let_others_run()
+                return done.value  # type: ignore[no-any-return]
+            loop = get_running_loop()
+            until = None if timeout is None else monotonic() + timeout
+            simple = until is interval is None
             while True:
                 if simple and state == READ:
                     # As wire.ready() does, without its look at the socket: each query comes here
@@ -350,7 +351,7 @@ class _Stop:
     take a request, and as much again after that: one that does is there, and only slow.
     """
 
-    def __init__(self, conn: Any, gen: PQGen[Any], state: int) -> None:
+    def __init__(self, conn: Any, gen: PQGen[Any], state: int | None) -> None:
         self._conn = conn
         self._session = conn._session
         self._gen = gen
@@ -383,6 +384,9 @@ class _Stop:
     async def _read(self) -> bool:
         """Read what the server sends, and tell whether the exchange has ended."""
         gen, state, patience = self._gen, self._state, self._patience
+        if state is None:  # it never had to wait, but is a part of what goes on: a COPY
+            await asyncio.sleep(0)  # one request is on its way then
+            return True
         pgconn, wire = self._session.pgconn, self._session.wire
         try:
             while patience:
@@ -403,7 +407,9 @@ class _Stop:
             began = monotonic()
             self._on_its_way = True
             try:
-                await self._conn.request_cancel(CANCEL_GRACE)
+                # For longer than our patience, which ends it: one that ended by itself, for this
+                # loop has stood still, may be on its way nevertheless.
+                await self._conn.request_cancel(30.0)
             except Exception:
                 pass
             else:
