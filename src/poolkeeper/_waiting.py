@@ -50,6 +50,9 @@ CANCEL_GRACE = 1.0
 TICK = 0.1
 """Seconds that one look at a query which is being stopped takes, and counts, at most."""
 
+LOOK = 0.25
+"""Seconds between looks at a socket that is waited for, however quiet the event loop is."""
+
 BUSY = 0.005
 """Seconds after which a task that never has to wait for its socket lets others run."""
 
@@ -68,6 +71,8 @@ class Wire:
     whoever watches the connection's own descriptor, as its ``fileno()`` allows, is not disturbed.
 
     Attributes:
+        asked: For what it is waited, for reading mostly.
+        looking: True while the timer of a look runs.
         socket: libpq's descriptor.
         watched: True while the loop watches.
         waiter: What is done when the socket is ready, while somebody waits.
@@ -75,12 +80,14 @@ class Wire:
     """
 
     __slots__ = (
-        "__weakref__", "_binding", "_descriptor", "busy_since", "socket", "waiter", "watched",
+        "__weakref__", "_binding", "_descriptor", "asked", "busy_since", "looking", "socket",
+        "waiter", "watched",
     )  # fmt: skip
 
     def __init__(self, fileno: int, binding: LoopBinding) -> None:
         self.socket = fileno
-        self.watched = False
+        self.watched = self.looking = False
+        self.asked: int = READ
         self.waiter: asyncio.Future[int] | None = None
         self.busy_since = 0.0
         self._binding = binding
@@ -95,6 +102,29 @@ class Wire:
         reference: weakref.ref[Wire] = weakref.ref(self)
         Context().run(loop.add_reader, self._descriptor, _on_readable, reference)
         self.watched = True
+
+    def look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        """
+        Look at the socket in a while, and from then on until nobody waits.
+
+        uvloop does not call for a socket that has failed (a connection that was reset, say), and
+        watches it no more (0.23). psycopg finds that out by a timer for each exchange.
+        """
+        reference: weakref.ref[Wire] = weakref.ref(self)
+        loop.call_later(LOOK, _look, reference, context=Context())
+        self.looking = True
+
+    def look(self) -> None:
+        """Wake who waits for the socket if it is ready."""
+        self.looking = False
+        waiter = self.waiter
+        if waiter is None or waiter.done():
+            return  # the next exchange starts the timer again
+        if found := self._ready_now(self.asked):
+            self.unwatch()
+            waiter.set_result(found)
+        else:
+            self.look_later(get_running_loop())
 
     def unwatch(self) -> None:
         """Let the owner loop, which must be the running one, watch it no more."""
@@ -114,8 +144,11 @@ class Wire:
             self.unwatch()  # nobody is going to read what comes, and it would come on each turn
         waiter: asyncio.Future[int] = loop.create_future()
         self.waiter = waiter
+        self.asked = state
         timer = None if seconds is None else loop.call_later(seconds, _wake, waiter, NOT_READY)
         try:
+            if not self.looking:
+                self.look_later(loop)
             if state & READ and not self.watched:
                 self.watch(loop)
             if state & WRITE:
@@ -125,6 +158,7 @@ class Wire:
             return await waiter
         finally:
             self.waiter = None
+            self.asked = READ
             self.busy_since = 0.0
             if timer is not None:
                 timer.cancel()
@@ -141,7 +175,7 @@ class Wire:
 
     def _ready_now(self, state: int) -> int:
         """Return for which part of *state* the socket is ready now."""
-        fileno = self.socket
+        fileno = self.socket if self._descriptor < 0 else self._descriptor
         reads, writes = state & READ, state & WRITE
         if hasattr(select, "poll"):
             poller = select.poll()
@@ -206,6 +240,11 @@ def _on_readable(reference: weakref.ref[Wire]) -> None:
         waiter.set_result(READABLE)
 
 
+def _look(reference: weakref.ref[Wire]) -> None:
+    if (wire := reference()) is not None:
+        wire.look()
+
+
 def _wake(waiter: asyncio.Future[int], ready: int) -> None:
     if not waiter.done():
         waiter.set_result(ready)
@@ -261,6 +300,8 @@ class WaitingConnection(AsyncConnection[Any]):
                     try:
                         if not wire.watched:
                             wire.watch(loop)
+                        if not wire.looking:
+                            wire.look_later(loop)
                         ready = await waiter
                     finally:
                         wire.waiter = None

@@ -175,7 +175,7 @@ async def test_a_reader_of_the_users_own_hears_of_notifications_and_outlives_que
 
 @pytest.mark.parametrize("how", ["close", "finish"])
 async def test_a_query_whose_connection_another_task_closes_ends_at_once(
-    make_manager: MakeManager, how: str
+    make_manager: MakeManager, dsn: str, how: str
 ) -> None:
     db = make_manager(min_size=1, max_size=1, name="orders")
     await db.open()
@@ -321,6 +321,25 @@ async def test_who_waits_to_write_is_not_kept_busy_by_what_there_is_to_read() ->
             loop.call_later(0.05, other.recv, 1 << 20)
             while await wire.ready(WRITE, 5) != WRITABLE:
                 pass
+        finally:
+            wire.let_go()
+
+
+@pytest.mark.parametrize("state", [READ, READ | WRITE])
+async def test_a_connection_that_is_reset_is_noticed_on_every_loop(state: int) -> None:
+    """As one is that the server has ended when something more is sent: uvloop does not tell."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+    with one:
+        one.setblocking(False)
+        wire = Wire(one.fileno(), LoopBinding("orders"))
+        try:
+            other.close()
+            one.send(b"x")
+            await asyncio.sleep(0.05)
+            async with asyncio.timeout(20):
+                assert await wire.ready(state, None)
         finally:
             wire.let_go()
 
