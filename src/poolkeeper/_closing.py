@@ -20,6 +20,7 @@ from ._binding import beginning, inherited
 from ._ending import at_work, dismiss, end_session, revoke_session
 from ._life import Life, NoLife, Pool, closed_error
 from ._log import log
+from ._reporting import moment
 from ._session import Session
 from ._tasks import forget
 from ._waiting import CANCEL_GRACE
@@ -58,7 +59,8 @@ async def end(life: Life, timeout: float, failure: BaseException | None) -> None
                     session.finish()
         finally:
             # Only now: who opens the pool anew must not meet what is left of this life.
-            life.end()
+            over = life.end()
+            over.moment = moment(life)
 
 
 async def _in_order(life: Life, timeout: float, failure: BaseException | None) -> None:

@@ -286,13 +286,14 @@ class Life:
         """Wait for the end of a `close()` that is under way."""
         await asyncio.shield(self.ended)
 
-    def end(self) -> None:
-        """Be over: the pool has no life from here on."""
+    def end(self) -> NoLife:
+        """Be over; return what stands in its place from here on."""
         self.state = State.CLOSED
         self.between.clear()
-        self.pool.life = NoLife(self.pool, State.CLOSED, self)
+        self.pool.life = successor = NoLife(self.pool, State.CLOSED, self)
         if not self.gone:
             set_done(self.ended)
+        return successor
 
 
 class NoLife:
@@ -314,6 +315,8 @@ class NoLife:
         self.min_size, self.max_size = pool.options.min_size, pool.options.max_size
         self.last = before.binding if before is not None else None
         self.counters = before.counters if before is not None else Counters()
+        self.moment: Moment | None = None
+        """The facts at the end of its last life, if that was closed."""
 
     @property
     def forked(self) -> bool:

@@ -72,6 +72,8 @@ def unanswered(life: Life) -> int:
 
 def snapshot(life: Life | NoLife) -> _facts.PoolSnapshot:
     """Return the facts of this moment as users see them."""
+    if isinstance(life, NoLife) and life.moment is not None:
+        return life.moment.snapshot()
     if isinstance(life, NoLife) or life.gone:
         state = "closed" if isinstance(life, Life) else life.state.value
         return _facts.PoolSnapshot(life.name, state, 0, 0, 0, life.max_size, 0, life.min_size)

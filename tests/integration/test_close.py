@@ -16,6 +16,7 @@ import pytest
 from psycopg_pool import PoolClosed
 
 from poolkeeper import (
+    AcquireTimeout,
     ClosedError,
     LoopMismatchError,
     OpenError,
@@ -852,3 +853,16 @@ async def test_a_manager_that_was_closed_or_never_opened_or_failed_does_not_warn
             await manager.open()
         del manager
         gc.collect()
+
+
+async def test_what_was_known_of_a_pool_is_known_after_its_end(make_manager: MakeManager) -> None:
+    manager = make_manager(min_size=1, max_size=1)
+    await manager.open()
+    async with manager.connection():
+        with pytest.raises(AcquireTimeout):
+            await asyncio.create_task(manager.fetchval("select 1", timeout=0.01))
+    await manager.close()
+    told = manager.snapshot()
+    assert (told.state, told.total, told.load.gave_up, told.load.released) == ("closed", 0, 1, 1)
+    await manager.open()
+    assert manager.snapshot().load.released == 0
