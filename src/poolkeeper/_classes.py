@@ -54,6 +54,9 @@ def bound_class(
     )
     bound.exits_like_psycopg = _leaves_to_psycopg(user_class, "__aexit__", "commit", "rollback")
     bound.closes_like_psycopg = _leaves_to_psycopg(user_class, "close")
+    bound.sets_like_psycopg = _leaves_to_psycopg(
+        user_class, "set_autocommit", "_set_autocommit_gen", "autocommit"
+    )
     bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
     bound._released_class = derive("Released", ReleasedConnection, bound)
     bound._revoked_class = derive("Revoked", RevokedConnection, bound)

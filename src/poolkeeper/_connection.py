@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, cast
@@ -66,11 +66,39 @@ class BoundLock(asyncio.Lock):
 
     _binding: ClassVar[LoopBinding]
 
+    _locked: bool  # asyncio's own
+    _waiters: Any
+
     @override
     def acquire(self) -> Coroutine[Any, Any, Literal[True]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self._binding.is_here():
             raise self._binding.mismatch("work on one of its connections")
         return super().acquire()
+
+    # Each exchange takes the lock, which is free nearly always: that takes no coroutine.
+
+    @override
+    def __aenter__(self) -> Awaitable[Any]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self._locked or self._waiters or not self._binding.is_here():
+            return self.acquire()
+        self._locked = True
+        return _DONE
+
+    @override
+    def __aexit__(self, *_: object) -> Awaitable[None]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.release()
+        return _DONE
+
+
+class _Done:
+    """Awaited, has ended."""
+
+    def __await__(self) -> Iterator[Any]:
+        return _NOTHING
+
+
+_NOTHING: Iterator[Any] = iter(())
+_DONE = cast("Awaitable[Any]", _Done())
 
 
 class BoundConnection(Handle):
@@ -88,6 +116,9 @@ class BoundConnection(Handle):
 
     closes_like_psycopg: ClassVar[bool]
     """True if the user's class leaves the end of a connection to psycopg."""
+
+    sets_like_psycopg: ClassVar[bool]
+    """True if the user's class leaves it to psycopg to switch autocommit on."""
 
     @override
     def __init_subclass__(cls) -> None:
@@ -148,6 +179,13 @@ class BoundConnection(Handle):
             if isinstance(adapters, SharedAdapters):
                 adapters.handed_out = True
         return adapters
+
+    def autocommits(self) -> bool:
+        """Switch autocommit on, without an exchange; False if that takes `set_autocommit()`."""
+        if not self.sets_like_psycopg or self.pgconn.transaction_status != IDLE:
+            return self._autocommit
+        self._autocommit = True
+        return True
 
     def is_in_block(self) -> bool:
         """Tell whether a transaction(), a pipeline or a two-phase transaction is open."""

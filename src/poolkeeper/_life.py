@@ -216,7 +216,7 @@ class Life:
             self.idle_low = len(self.idle)
 
     def take_idle(self) -> Any:
-        """Take the next idle connection."""
+        """Take the idle connection that has had nothing to do for longest."""
         conn = self.idle.popleft()
         self.note_idle_low()
         return conn

@@ -660,7 +660,7 @@ async def _one_shot(
 ) -> T:
     try:
         async with checkout as conn:
-            if not conn.autocommit:
+            if not conn.autocommits():
                 # For this checkout only: what comes back is made as it was.
                 await conn.set_autocommit(True)
             cursor: AsyncCursor[Any] = (

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager, _watching
+from poolkeeper import PoolManager, _acquiring, _watching
 from poolkeeper import _checking as checking_module
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
@@ -446,3 +446,17 @@ async def test_only_queries_that_were_running_fail_when_the_server_is_restarted(
     assert not unserved
     assert len(failures) <= 5  # what ran at that moment, one on each connection
     await until(lambda: db.pool.counts()["idle"] == 5)
+
+
+async def test_the_connection_that_was_given_back_last_is_next_unless_another_has_rested(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is at hand, on the server too; and no connection is left to itself for ever."""
+    db = await make(min_size=3, max_size=3)
+    query = "select pg_backend_pid()"
+    await asyncio.gather(*(db.fetchval("select pg_sleep(0.05)") for _ in range(3)))
+    last = await db.fetchval(query)
+    assert [await db.fetchval(query) for _ in range(10)] == [last] * 10
+    monkeypatch.setattr(_acquiring, "RESTED", 0.2)
+    await asyncio.sleep(0.3)
+    assert {await db.fetchval(query) for _ in range(3)} == pids(db)
