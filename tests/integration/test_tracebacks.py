@@ -241,7 +241,7 @@ def test_pytest_shows_no_frame_of_ours_but_where_the_fault_may_be_ours(tmp_path:
     ours, block, fault = ended.stdout.split("____ test_")[1:]
     assert 'NotOpenError: pool "orders" is not open' in ours
     assert 'NotOpenError: pool "orders" is not open' in block
-    frame = re.compile(r"^\S*poolkeeper\W\w+\.py:\d+: ", re.MULTILINE)
+    frame = re.compile(r"^.*\bpoolkeeper\W\w+\.py:\d+: ", re.MULTILINE)
     assert not frame.findall(ours + block), ended.stdout
     assert len(frame.findall(fault)) == 2
 
