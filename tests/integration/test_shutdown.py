@@ -12,7 +12,7 @@ from tests.support.proxy import FaultProxy
 
 Program = Callable[..., None]
 
-AT_ONCE = 10.0  # seconds, of a whole program; the patience of what it waits for is 30
+AT_ONCE = 25.0  # seconds, of a whole program; the patience of what it waits for is 30
 """Seconds for a whole program, its start included; what it must not wait for takes 30 or more."""
 
 RUNS = 10
@@ -51,7 +51,7 @@ def end(turn):
 
 EPILOGUE = """
 gc.collect()
-assert longest < 3, f"one run took {longest:.1f} s"
+assert longest < 10, f"one run took {longest:.1f} s"
 print("ended")
 """
 
