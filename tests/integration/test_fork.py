@@ -425,3 +425,42 @@ def new_loop(loop_name: str) -> str:
         if loop_name == "uvloop"
         else ("asyncio.new_event_loop()")
     )
+
+
+def test_a_fork_that_python_is_not_told_of_is_refused_by_its_loop(dsn: str, loop_name: str) -> None:
+    """As one made by a library in C: no hook runs in the child, whose loop is another one."""
+    body = """
+    import ctypes
+
+    async def use():
+        await attempt("fetchval", lambda: db.fetchval("select 1"))
+        await attempt("execute", lambda: held[0].execute("select 1"))
+
+    async def main_loop():
+        await begin()
+        return await pids()
+
+    if run.__module__.startswith("uvloop"):
+        from uvloop import new_event_loop
+    else:
+        from asyncio import new_event_loop
+    loop = new_event_loop()
+    before = loop.run_until_complete(main_loop())
+    sys.stdout.flush()
+    pid = ctypes.PyDLL(None).fork()
+    if pid == 0:
+        other = new_event_loop()
+        other.run_until_complete(use())
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    loop.run_until_complete(go_on(before))
+    loop.close()
+    """
+    ended = run_program(
+        textwrap.dedent(PRELUDE) + textwrap.dedent(body), dsn, loop=loop_name, timeout=40
+    )
+    assert ended.code == 0, ended
+    assert ended.out.count("refused") == 2, ended
+    assert "NOT REFUSED" not in ended.out
+    assert "parent went on" in ended.out
