@@ -53,7 +53,7 @@ def nothing_kept() -> Iterator[None]:
 def test_a_short_soak_passes_and_says_how_to_run_it_again(loop_name: str) -> None:
     """What `make soak` runs, for a few seconds."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--time", "5", "--seed", "1", "--loop", loop_name],
+        [sys.executable, "-m", "tests.soak", "--time", "8", "--seed", "1", "--loop", loop_name],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -61,7 +61,7 @@ def test_a_short_soak_passes_and_says_how_to_run_it_again(loop_name: str) -> Non
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert f"again: make soak TIME=5 SEED=1 LOOP={loop_name}" in ended.stdout
+    assert f"again: make soak TIME=8 SEED=1 LOOP={loop_name}" in ended.stdout
     assert "passed: the sums balance" in ended.stdout
     for what in ("transfers committed", "cancel twice", "memory: at the end"):
         assert what in ended.stdout
