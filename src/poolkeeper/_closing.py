@@ -244,7 +244,7 @@ def abandon(life: Life) -> None:
     else:
         for session in sessions:
             revoke_session(life, session)
-            session.pgconn.finish()  # who waits on its wire waits on a loop that is closed
+            session.finish()
         for task in tasks:
             # Its awaits end in "Event loop is closed".
             with suppress(BaseException):

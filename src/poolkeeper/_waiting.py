@@ -207,10 +207,12 @@ class Wire:
         if descriptor < 0 or self._binding.forked:
             return
         watched, self.watched, self._descriptor = self.watched, False, -1
-        if (waiter := self.waiter) is not None and not waiter.done():
+        loop = self._binding.loop
+        gone = loop is None or loop.is_closed()
+        # Who waits on a loop that is closed waits for ever, and cannot be told.
+        if (waiter := self.waiter) is not None and not waiter.done() and not gone:
             waiter.set_exception(_closed())
-        loop = self._binding.loop if watched else None
-        if loop is None or loop.is_closed():
+        if loop is None or gone or not watched:
             socket.close(descriptor)
         elif self._binding.is_here() or not loop.is_running():
             _forget(loop, descriptor)
