@@ -66,7 +66,7 @@ async def pieces(dsn: str) -> list[tuple[str, float]]:
     pool: Any = db.pool
     frame = sys._getframe()
     found = [("the whole block", await entered(db.connection))]
-    conn = take(pool.life, frame, 1, True)
+    conn = take(pool._life, frame, 1, True)
     with nothing_inside(conn):
         alone = await entered(lambda: CheckoutContext(pool, None, sys._getframe()))
     found.append(("context object and its two coroutines", alone))
@@ -84,7 +84,7 @@ async def pieces(dsn: str) -> list[tuple[str, float]]:
         ("a look at the socket", timed(session.is_quiet)),
         ("which task this is", timed(asyncio.current_task)),
         ("the record of a checkout", timed(lambda: Checkout(session, task, code, 1, True, 0.0))),
-        ("which loop this is", timed(pool.life.binding.is_here)),
+        ("which loop this is", timed(pool._life.binding.is_here)),
         (
             "the reported parameters (only after a query)",
             timed(lambda: session.parameters_unchanged),

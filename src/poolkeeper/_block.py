@@ -4,6 +4,8 @@ The block of one checkout: what `connection()` returns.
 It acquires when it is entered, and commits, or rolls back, and gives back when it is left. Left
 by an error, a cancellation or at its end, it gives back what it has acquired, once.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -102,7 +104,7 @@ class CheckoutContext(AbstractAsyncContextManager[ACT]):
             entering = sys._getframe(1)
             structured = entering is frame or not _by_exit_stack(entering)
         try:
-            life = pool.life
+            life = pool._life
             conn = take(life, frame, self._lineno, structured)
             if conn is None:
                 conn = await wait_for_connection(

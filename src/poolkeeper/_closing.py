@@ -5,6 +5,8 @@ New work is refused at once; holders may finish until the deadline, then their q
 cancelled and their connections taken away. However it goes, and whoever cancels it, nothing is
 left behind: no session on the server, no task on the loop.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 
 async def close(pool: Pool, timeout: float) -> None:
     """End the life of *pool*, if it has one: see `BoundPool.close()`."""
-    life = pool.life
+    life = pool._life
     if isinstance(life, NoLife):
         return
     if life.gone:
@@ -220,7 +222,7 @@ async def _settle(life: Life, tasks: Iterable[asyncio.Task[None]]) -> asyncio.Ca
 def _let_go(life: Life) -> None:
     """Abandon a life whose loop is dead, unless another thread has just begun a new one."""
     with beginning():
-        if life.pool.life is life:
+        if life.pool._life is life:
             abandon(life)
 
 

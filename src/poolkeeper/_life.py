@@ -9,6 +9,8 @@ A life has no behaviour of its own but for what every room needs: it says where 
 is. What happens to a connection is in the modules that take a life. Where there is none, `NoLife`
 stands in its place, and refuses everything with the right words.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -79,8 +81,8 @@ class Pool(Protocol):
     max_idle: float
     reconnect_timeout: float
     num_workers: int
-    options: Options
-    life: Life | NoLife
+    _options: Options
+    _life: Life | NoLife
 
     async def reconnect_failed(self) -> None:
         """Tell the user that an outage lasts."""
@@ -146,7 +148,7 @@ class Life:
     storm: Storm
 
     def __init__(self, pool: Pool, binding: LoopBinding, tasks: Tasks) -> None:
-        options = pool.options
+        options = pool._options
         self.pool = pool
         self.name = pool.name
         self.binding = binding
@@ -290,7 +292,7 @@ class Life:
         """Be over; return what stands in its place from here on."""
         self.state = State.CLOSED
         self.between.clear()
-        self.pool.life = successor = NoLife(self.pool, State.CLOSED, self)
+        self.pool._life = successor = NoLife(self.pool, State.CLOSED, self)
         if not self.gone:
             set_done(self.ended)
         return successor
@@ -312,7 +314,7 @@ class NoLife:
         self.name = pool.name
         self.state = state
         self.binding = _NOBODY
-        self.min_size, self.max_size = pool.options.min_size, pool.options.max_size
+        self.min_size, self.max_size = pool._options.min_size, pool._options.max_size
         self.last = before.binding if before is not None else None
         self.counters = before.counters if before is not None else Counters()
         self.moment: Moment | None = None

@@ -4,6 +4,8 @@
 Holds the configuration and one `BoundPool` for good, so both can be made at import time and
 handed around before anything is open.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -169,7 +171,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             application_name=application_name,
             leak_threshold=leak_threshold,
         )
-        self._server = self._pool.server
+        self._server = self._pool._server
 
     # --- what can be read at any time ---------------------------------------------------
 

@@ -5,6 +5,8 @@ Of threads and tasks that open one pool at once, one begins the life; all who wa
 same. An `open()` that fails or is cancelled ends the life that did not come to be open, unless
 somebody else still waits for it.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ from .errors import another
 
 async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) -> None:
     """Begin a life where none goes on here: see `BoundPool.open()`."""
-    while isinstance(life := pool.life, Life) and life.ending and _alive_here(life):
+    while isinstance(life := pool._life, Life) and life.ending and _alive_here(life):
         await life.until_ended()
     life = begin(pool, caller)
     life.announce()
@@ -57,13 +59,13 @@ def begin(pool: Pool, caller: str | None) -> Life:
     """Return the life that goes on here, or begin one; of threads that come at once one does."""
     _facts.load()
     with beginning():
-        before = pool.life
+        before = pool._life
         if isinstance(before, Life) and not before.ending and _alive_here(before):
             return before
         binding = LoopBinding(pool.name, caller)  # raises where no pool can be opened
         if isinstance(before, Life):
             abandon(before)
-        life = pool.life = _put_together(pool, binding)
+        life = pool._life = _put_together(pool, binding)
     life.tasks.stay()
     for _ in range(life.min_size):
         life.connector.add()

@@ -59,8 +59,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
     keeps: ClassVar[bool] = True
     """False for a null pool."""
 
-    life: Life | NoLife
-    options: Options
+    _life: Life | NoLife
+    _options: Options
 
     @briefly
     def __init__(
@@ -116,7 +116,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         user_class = _config.connection_class(connection_class)
         conninfo = _config.conninfo(conninfo)
         settled = _config.settled(kwargs)
-        self.server = _config.server(conninfo, settled, user_class)
+        self._server = _config.server(conninfo, settled, user_class)
         """Which server it is for; None if that is not known."""
         if open:
             warn_of_constructor(type(self).__name__)
@@ -138,10 +138,10 @@ class BoundPool(AsyncConnectionPool[ACT]):
             reconnect_failed=cast(Any, reconnect_failed),
             num_workers=num_workers,
         )
-        self.options = Options(
+        self._options = Options(
             self.keeps, min_size, most, configure, check, reset, application_name, leak_threshold
         )
-        self.life = NoLife(self, State.NEW)
+        self._life = NoLife(self, State.NEW)
         if open or open is None:
             _opening.open_in_constructor(self, warned=bool(open))
 
@@ -150,42 +150,42 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @property
     def state(self) -> State:
         """Where the pool is in its life; closed too when its loop or process is not here."""
-        life = self.life
+        life = self._life
         return State.CLOSED if isinstance(life, Life) and life.gone else life.state
 
     @property
     @override
     def closed(self) -> bool:
         """True unless the pool is open, or opening."""
-        return self.life.ending
+        return self._life.ending
 
     @property
     @override
     def min_size(self) -> int:
         """Connections to keep."""
-        return self.life.min_size
+        return self._life.min_size
 
     @property
     @override
     def max_size(self) -> int:
         """Connections to grow to; 0 for a null pool that makes any number."""
-        number = self.life.max_size
+        number = self._life.max_size
         return 0 if number == _config.UNLIMITED else number
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the loop, in the process, that opened the pool."""
-        life = self.life
+        life = self._life
         return isinstance(life, Life) and life.binding.is_here()
 
     @property
     def inherited(self) -> bool:
         """True if a parent process opened the pool."""
-        return self.life.forked
+        return self._life.forked
 
     @property
     def opened(self) -> Place | None:
         """Where the pool was opened last."""
-        return self.life.opened
+        return self._life.opened
 
     def counts(self) -> dict[str, int]:
         """
@@ -193,24 +193,24 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
         After them those of making, returning and checking that are not 0.
         """
-        return _reporting.counts(self.life)
+        return _reporting.counts(self._life)
 
     def numbers(self) -> str:
         """Return the numbers of `counts()` in words."""
-        return _reporting.numbers(self.life)
+        return _reporting.numbers(self._life)
 
     def checkouts(self) -> list[Checkout]:
         """Return who holds a connection, longest first."""
-        life = self.life
+        life = self._life
         return life.ledger.longest_first() if isinstance(life, Life) else []
 
     def snapshot(self) -> _facts.PoolSnapshot:
         """Return the facts of this moment. Never touches the network."""
-        return _reporting.snapshot(self.life)
+        return _reporting.snapshot(self._life)
 
     def diagnose(self) -> _facts.Diagnosis:
         """Return why connections are short, from a `snapshot()` of this moment."""
-        return _reporting.diagnose(self.life)
+        return _reporting.diagnose(self._life)
 
     @override
     def __repr__(self) -> str:
@@ -219,15 +219,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @override
     def get_stats(self) -> dict[str, int]:
         """Return psycopg_pool's statistics, under its keys."""
-        return self.life.counters.read() | self._measures()
+        return self._life.counters.read() | self._measures()
 
     @override
     def pop_stats(self) -> dict[str, int]:
         """Return psycopg_pool's statistics and set its counters to zero."""
-        return self.life.counters.pop() | self._measures()
+        return self._life.counters.pop() | self._measures()
 
     def _measures(self) -> dict[str, int]:
-        return _reporting.measures(self.life) | {"pool_max": self.max_size}
+        return _reporting.measures(self._life) | {"pool_max": self.max_size}
 
     # --- open and close -------------------------------------------------------------------
 
@@ -297,8 +297,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def _usable(self, purpose: str) -> Life:
         """Return the life that goes on here and now, raise if there is none."""
-        self.life.check_usable(purpose)
-        return cast(Life, self.life)
+        self._life.check_usable(purpose)
+        return cast(Life, self._life)
 
     # --- acquire and release --------------------------------------------------------------
 
@@ -338,7 +338,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._getconn(timeout, frame, frame.f_lineno)
 
     async def _getconn(self, timeout: float | None, frame: FrameType, lineno: int) -> ACT:
-        life = cast(Life, self.life)
+        life = cast(Life, self._life)
         try:
             conn: Any = take(life, frame, lineno, False)
             if conn is None:
@@ -368,7 +368,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def take_back_dropped(self, conn: Any) -> None:
         """Take a connection back that was garbage-collected and not closed."""
-        life = self.life
+        life = self._life
         if isinstance(life, Life) and conn._binding is life.binding:
             _releasing.take_back_dropped(life, conn)
 

@@ -9,6 +9,8 @@ is over, for there are locks as long, and for no more.
 Whatever goes wrong on the way, the connection ends in one of three places: with the next task,
 among the idle ones, or replaced.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def release(
     if loop is None or loop is not binding.owner_loop():
         raise binding.mismatch("give a connection back")
     # No cast(): that is a call. On its loop, and neither released nor revoked: its life goes on.
-    life: Any = pool.life
+    life: Any = pool._life
     if conn._under_way is not None:  # at_work, without the call
         discard_busy(life, conn)
         return None

@@ -6,6 +6,8 @@ ended, or has something to say. What came is read; only where that does not tell
 asked, in a task that has the connection until it knows. One that is dead makes the pool look at
 all the idle ones, for it is seldom alone.
 """
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -207,7 +209,7 @@ async def check(pool: Pool, timeout: float) -> _facts.Health:
     """Return whether the server answers within *timeout* seconds."""
     began = monotonic()
     ok, beside = False, False
-    life = pool.life
+    life = pool._life
     reason = kind = life.out_of_service("check it")
     if reason is None and isinstance(life, Life):
         question = life.question
@@ -217,7 +219,7 @@ async def check(pool: Pool, timeout: float) -> _facts.Health:
         beside = question.beside
     seconds = monotonic() - began
     return _facts.Health(
-        ok, reason or "", seconds, beside, _reporting.snapshot(pool.life), kind or reason or ""
+        ok, reason or "", seconds, beside, _reporting.snapshot(pool._life), kind or reason or ""
     )
 
 

@@ -1076,7 +1076,7 @@ def test_a_loop_that_ends_during_a_check_leaves_a_pool_that_can_be_opened(
             kept.append(asyncio.ensure_future(db.check(60)))
             for _ in range(3):
                 await asyncio.sleep(0)
-            assert db.pool.life.question.beside
+            assert db.pool._life.question.beside
 
         async def again():
             async with db:

@@ -12,7 +12,7 @@ from poolkeeper._stock import shrink as _shrink
 
 def life(pool: Any) -> Life:
     """The life of *pool*, which is open."""
-    found = pool.life
+    found = pool._life
     assert isinstance(found, Life)
     return found
 

@@ -82,7 +82,7 @@ async def test_a_bound_pool_starts_none_of_psycopg_pools_workers(dsn: str) -> No
 def test_the_statistics_have_the_keys_of_psycopg_pool() -> None:
     pool = AsyncConnectionPool(open=False)
     keys = {value for name, value in inspect.getmembers(type(pool)) if name.isupper()}
-    told = measures(BoundPool("", open=False).life).keys()
+    told = measures(BoundPool("", open=False)._life).keys()
     assert told == pool.get_stats().keys()
     counters = Counters()
     counters.requests = counters.queued = 1
