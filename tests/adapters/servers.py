@@ -143,7 +143,8 @@ class Served:
                 async with await psycopg.AsyncConnection.connect(database) as blocker:
                     await blocker.execute("select from accounts where id = 1 for update")
                     accepted = [asyncio.create_task(load.transfer(1, 2, 1)) for _ in range(2)]
-                    await until(lambda: _sessions(database, "wait_event_type = 'Lock'") == 2)
+                    pid = blocker.info.backend_pid
+                    await until(lambda: _sessions(database, BEHIND.format(pid=pid)) == 2)
                     server.process.terminate()
                     # Long enough for it to take notice; some go on to accept, and answer nobody.
                     with suppress(TimeoutError):
@@ -191,6 +192,12 @@ closed although the request on it has begun.
 
 FEW = ("uvicorn",)
 """The servers of ``--servers=few``."""
+
+
+BEHIND = """pg_blocking_pids(pid) && ({pid} || array(
+    select first.pid from pg_stat_activity as first where {pid} = any(pg_blocking_pids(first.pid))
+))"""
+"""Waits for a lock of that session, or in the line behind one that does; others wait, too."""
 
 
 class Load:
