@@ -8,7 +8,6 @@ for the next time.
 from __future__ import annotations
 
 from collections import Counter
-from math import modf
 
 
 class Counters:
@@ -23,35 +22,39 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._told: Counter[str] = Counter()
-        self._rest: dict[str, float] = {}
-        self._zero()
-
-    def _zero(self) -> None:
         self.requests = self.queued = 0
         self.wait_seconds = self.usage_seconds = 0.0
+        self._others: Counter[str] = Counter()
+        self._before: dict[str, float] = {}
+        """What there was at the last `pop()`."""
 
     def count(self, key: str, by: int = 1) -> None:
         """Add to what is told as *key*."""
-        self._told[key] += by
+        self._others[key] += by
 
     def read(self) -> dict[str, int]:
-        """Return all there is so far; what nothing was counted of is left out."""
-        for key, number in (("requests_num", self.requests), ("requests_queued", self.queued)):
-            if number:
-                self._told[key] += number
-        for key, seconds in (
-            ("requests_wait_ms", self.wait_seconds),
-            ("usage_ms", self.usage_seconds),
-        ):
-            if seconds:
-                self._rest[key], whole = modf(seconds * 1000 + self._rest.get(key, 0.0))
-                self._told[key] += int(whole)
-        self._zero()
-        return dict(self._told)
+        """Return all there is since the last `pop()`; what nothing was counted of is left out."""
+        return self._since(self._before, self._all())
 
     def pop(self) -> dict[str, int]:
-        """Return all there is so far, and begin again."""
-        counted = self.read()
-        self._told.clear()
-        return counted
+        """Return all there is since the last `pop()`, and begin again."""
+        before, self._before = self._before, self._all()
+        return self._since(before, self._before)
+
+    def _all(self) -> dict[str, float]:
+        # Read only: another thread may ask while the loop counts, and would lose it a count.
+        return {
+            **self._others,
+            "requests_num": self.requests,
+            "requests_queued": self.queued,
+            "requests_wait_ms": self.wait_seconds * 1000,
+            "usage_ms": self.usage_seconds * 1000,
+        }
+
+    @staticmethod
+    def _since(before: dict[str, float], now: dict[str, float]) -> dict[str, int]:
+        return {
+            key: int(number) - int(before.get(key, 0))
+            for key, number in now.items()
+            if number > before.get(key, 0)
+        }

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
@@ -304,6 +305,32 @@ async def test_statistics_have_the_same_keys_and_count_the_same(dsn: str) -> Non
     exact = set(bound[1]) - {"usage_ms", "requests_wait_ms", "connections_ms"}
     assert {key: bound[1][key] for key in exact} == {key: bare[1][key] for key in exact}
     assert all(bound[1][key] > 0 for key in ("usage_ms", "requests_wait_ms"))
+
+
+async def test_statistics_that_another_thread_reads_lose_no_count(dsn: str) -> None:
+    """A thread that collects metrics may ask at any time."""
+    interval = sys.getswitchinterval()
+    async with PoolManager(dsn, min_size=1, max_size=1) as manager:
+        ended = threading.Event()
+        manager.pool.pop_stats()
+
+        def collect() -> None:
+            while not ended.is_set():
+                manager.pool.get_stats()
+
+        thread = threading.Thread(target=collect)
+        sys.setswitchinterval(1e-6)
+        try:
+            thread.start()
+            for _ in range(2_000):
+                async with manager.connection():
+                    pass
+        finally:
+            sys.setswitchinterval(interval)
+            ended.set()
+            thread.join()
+        assert manager.pool.pop_stats()["requests_num"] == 2_000
+        assert "requests_num" not in manager.pool.get_stats()
 
 
 async def test_statistics_of_a_pool_that_was_never_opened(dsn: str) -> None:
