@@ -455,6 +455,7 @@ async def one_that_nests(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenera
 async def no_server(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
     proxy.refuse = True
     proxy.cut()
+    await db.pool.check()  # finds out that they are dead: one that was just in use is not looked at
     yield 0.5
     proxy.refuse = False
 
@@ -462,7 +463,7 @@ async def no_server(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[f
 async def a_silent_server(db: PoolManager[Any], proxy: FaultProxy) -> AsyncGenerator[float, None]:
     proxy.silent = True
     proxy.cut()
-    await db.pool.check()  # finds out that they are dead
+    await db.pool.check()  # as above
     yield 0.3
     proxy.silent = False
 

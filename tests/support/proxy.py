@@ -119,12 +119,15 @@ class FaultProxy:
         await asyncio.gather(*rest, return_exceptions=True)
 
     async def _cut(self, reset: bool = False) -> None:
-        for writer in list(self._writers):
+        cut = list(self._writers)
+        for writer in cut:
             if reset and (link := writer.get_extra_info("socket")) is not None:
                 with contextlib.suppress(OSError):  # closed already
                     link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         self._writers.clear()
+        # asyncio closes a socket in its next turn: who has cut is to find them closed.
+        await asyncio.gather(*(writer.wait_closed() for writer in cut), return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
