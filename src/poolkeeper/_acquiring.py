@@ -242,14 +242,8 @@ def time_out(life: Life, waiters: list[Waiter]) -> None:
         waiter.refuse(error)
     # When all are told: a filter or handler of the user's may raise.
     first = waiters[0]
-    life.storm.goes_on(
-        errors[0],
-        len(errors),
-        timeout_seconds=first.timeout,
-        task=first.task.get_name() if first.task else "",
-        site=site(first.code, first.lineno),
-        function=function_of(first.code),
-    )
+    who = partial(_who, first.timeout, first.task, first.code, first.lineno)
+    life.storm.goes_on(errors[0], len(errors), who)
 
 
 def _refusal(
@@ -273,16 +267,18 @@ def _refusal(
     """
     moment = moment or _recent_moment(life)
     error = _acquire_timeout(life, timeout, max(0.0, timeout) if waited is None else waited, moment)
-    task = current_task()
-    life.storm.goes_on(
-        error,
-        1,
-        timeout_seconds=timeout,
-        task=task.get_name() if task else "",
-        site=site(code, lineno),
-        function=function_of(code),
-    )
+    life.storm.goes_on(error, 1, partial(_who, timeout, current_task(), code, lineno))
     return error
+
+
+def _who(timeout: float, task: asyncio.Task[Any] | None, code: Code, lineno: int) -> dict[str, Any]:
+    """Return what is logged of a task that gave up."""
+    return {
+        "timeout_seconds": timeout,
+        "task": task.get_name() if task else "",
+        "site": site(code, lineno),
+        "function": function_of(code),
+    }
 
 
 def _recent_moment(life: Life) -> Moment:

@@ -5,6 +5,7 @@ Time-outs that come together: the first is logged, and at their end how many the
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from contextvars import Context
 from time import monotonic
 from typing import Any, Protocol
@@ -45,14 +46,16 @@ class Storm:
         self._began = self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def goes_on(self, error: AcquireTimeout, number: int, **who: Any) -> None:
+    def goes_on(
+        self, error: AcquireTimeout, number: int, who: Callable[[], Mapping[str, Any]]
+    ) -> None:
         """
         Note that acquires have failed; log it if it is the first of a storm.
 
         Args:
             error: That of one of them.
             number: How many.
-            who: What else is known of that one.
+            who: Returns what else is known of that one; called only if it is logged.
         """
         now = monotonic()
         if self._number and now - self._last > self.CALM:
@@ -69,7 +72,7 @@ class Storm:
         log(
             "acquire_timeout",
             {name: getattr(diagnosis.snapshot, name) for name in self._pool.counts()},
-            who,
+            who(),
             pool=self._pool.name,
             cause=diagnosis.cause,
             summary=diagnosis.summary,
