@@ -17,6 +17,22 @@ from tests.support.programs import run_program
 
 SETTINGS = ("asyncio_default_fixture_loop_scope", "asyncio_default_test_loop_scope")
 
+SECOND_RUN = """
+from poolkeeper import PoolManager
+
+db = PoolManager(sys.argv[1], name="orders", min_size=1)
+run(db.open())
+
+async def use():
+    try:
+        await db.fetchval("select 1")
+    except RuntimeError as error:
+        print(error.hint)
+
+run(use())
+"""
+"""A program that opens in one run and asks in another, and prints the hint."""
+
 
 @contextmanager
 def left_open(dsn: str) -> Iterator[PoolManager[Any]]:
@@ -49,23 +65,7 @@ def test_under_pytest_both_settings_are_named(dsn: str) -> None:
 
 
 def test_elsewhere_they_are_not(dsn: str) -> None:
-    ended = run_program(
-        """
-        from poolkeeper import PoolManager
-
-        db = PoolManager(sys.argv[1], name="orders", min_size=1)
-        run(db.open())
-
-        async def use():
-            try:
-                await db.fetchval("select 1")
-            except RuntimeError as error:
-                print(error.hint)
-
-        run(use())
-        """,
-        dsn,
-    )
+    ended = run_program(SECOND_RUN, dsn)
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith("Every asyncio.run() makes a new loop")
     assert "pytest" not in ended.out
@@ -100,25 +100,8 @@ def test_in_a_celery_task_each_run_has_a_loop_of_its_own(
 
 
 def test_in_a_notebook_it_is_top_level_await(dsn: str) -> None:
-    ended = run_program(
-        """
-        import types
-        from poolkeeper import PoolManager
-
-        sys.modules["ipykernel"] = types.ModuleType("ipykernel")
-        db = PoolManager(sys.argv[1], name="orders", min_size=1)
-        run(db.open())
-
-        async def use():
-            try:
-                await db.fetchval("select 1")
-            except RuntimeError as error:
-                print(error.hint)
-
-        run(use())
-        """,
-        dsn,
-    )
+    notebook = "import types\nsys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"
+    ended = run_program(notebook + SECOND_RUN, dsn)
     assert (ended.code, ended.err) == (0, "")
     assert "In a notebook a loop runs already: await at the top level of a cell" in ended.out
 
