@@ -37,9 +37,12 @@ async def listener(serve: Serve) -> AsyncIterator[int]:
 
     async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tasks.add(cast("asyncio.Task[Any]", asyncio.current_task()))
+        # Cancelled in the last line, too: those who connect come and go as the test ends.
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            await serve(reader, writer)
-        await end(writer)
+            try:
+                await serve(reader, writer)
+            finally:
+                await end(writer)
 
     server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
     try:
