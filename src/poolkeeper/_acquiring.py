@@ -18,11 +18,13 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from . import _facts, _reporting
+from . import _reporting
 from ._checkouts import Checkout
-from ._life import Life, closed_error
+from ._diagnosis import diagnose
+from ._life import Life
 from ._line import Waiter
 from ._moment import Moment
+from ._no_life import closed_error
 from ._session import Session
 from ._stock import help_growth
 from ._watching import answers
@@ -308,7 +310,7 @@ def end_deadlock(life: Life, waiter: Waiter) -> None:
         return
     moment = _reporting.moment(life)
     life.line.leave(waiter)
-    diagnosis = _facts.diagnose(moment.snapshot(moment.when - waiter.since))
+    diagnosis = diagnose(moment.snapshot(moment.when - waiter.since))
     error = SelfDeadlockError(
         f'cannot acquire a connection from pool "{life.name}": {diagnosis.summary}',
         detail=diagnosis.detail,

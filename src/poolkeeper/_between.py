@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
-from . import _facts
+from ._snapshot import StepRow
 from ._where import code_behind, site
 
 Number: TypeAlias = Literal["making", "returning", "checking"]
@@ -36,10 +36,10 @@ class Step:
         self.function = function
         self.since = monotonic()
 
-    def row(self, now: float) -> _facts.StepRow:
+    def row(self, now: float) -> StepRow:
         """Return the step in words."""
         code = code_behind(self.function) if self.function is not None else None
-        return _facts.StepRow(
+        return StepRow(
             self.number,
             self.doing,
             site(code, code.co_firstlineno) if code is not None else "",
@@ -82,7 +82,7 @@ class Between:
         """Return how many there are of *number*."""
         return sum(step.number == number for step in list(self._steps.values()))
 
-    def rows(self, others: Iterable[Step]) -> tuple[_facts.StepRow, ...]:
+    def rows(self, others: Iterable[Step]) -> tuple[StepRow, ...]:
         """Return all steps, and *others*, those that take longest first."""
         now = monotonic()
         steps = sorted([*self._steps.values(), *others], key=lambda step: step.since)

@@ -17,8 +17,8 @@ from functools import wraps
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
 
-from psycopg import AsyncConnection, pq
-from psycopg.rows import TupleRow
+from psycopg import AsyncConnection, IsolationLevel, pq
+from psycopg.rows import AsyncRowFactory, TupleRow
 from typing_extensions import TypeVar, override
 
 from . import _lost_work
@@ -222,6 +222,39 @@ class Block(AbstractAsyncContextManager[T]):
             return await self._running.__aexit__(exc_type, exc, traceback)
         except PoolkeeperError as ex:
             raise ex if ex is exc else ex.with_traceback(None)  # noqa: B904 - see briefly()
+
+
+async def with_transaction(
+    checkout: CheckoutContext[Any],
+    isolation: IsolationLevel | None,
+    read_only: bool | None,
+    deferrable: bool | None,
+) -> AsyncGenerator[Any]:
+    """Yield a connection, with a transaction block of these settings around."""
+    async with checkout as conn:
+        if isolation is not None:
+            await conn.set_isolation_level(isolation)
+        if read_only is not None:
+            await conn.set_read_only(read_only)
+        if deferrable is not None:
+            await conn.set_deferrable(deferrable)
+        failed = False
+        async with conn.transaction():
+            _lost_work.note_begun(conn)
+            yield conn
+            failed = _lost_work.has_failed(conn)
+        if failed:  # so its COMMIT was a roll-back
+            _lost_work.warn_of_failed(conn._binding.name, conn._checkout)
+
+
+async def with_cursor(
+    checkout: CheckoutContext[Any], row_factory: AsyncRowFactory[Any] | None, binary: bool
+) -> AsyncGenerator[Any]:
+    """Yield a cursor."""
+    async with checkout as conn:
+        factory = row_factory or conn.row_factory
+        async with conn.cursor(binary=binary, row_factory=factory) as cursor:
+            yield cursor
 
 
 _ENTERS_STACK = AsyncExitStack.enter_async_context.__code__

@@ -14,8 +14,8 @@ from time import monotonic
 from types import FrameType
 from typing import Any, TypeAlias
 
-from . import _facts
 from ._line import Line
+from ._snapshot import LoadRow
 from ._where import Code, asker, function_of, site
 
 
@@ -167,16 +167,16 @@ class Load:
         self._held = held
         self._when = monotonic()
 
-    def lately(self) -> _facts.LoadRow:
+    def lately(self) -> LoadRow:
         """Return what was asked of late, where nobody says since when."""
         return self.over(Ledger.LATELY)
 
-    def over(self, seconds: float) -> _facts.LoadRow:
+    def over(self, seconds: float) -> LoadRow:
         """Return what was asked in the last *seconds*, to the length of a window."""
         since = self._when - seconds
         windows = [w for w in self._windows if w.ends > since] or self._windows[-1:]
         released = sum(window.released for window in windows)
-        return _facts.LoadRow(
+        return LoadRow(
             window_seconds=self._when - windows[0].began,
             acquires=released + self._held,
             released=released,

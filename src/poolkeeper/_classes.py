@@ -76,13 +76,25 @@ _OURS = frozenset(
 """Names of attributes that a connection must not have of its own."""
 
 
-def check_class(user_class: type[AsyncConnection[Any]]) -> None:
+def require_class(user_class: type[AsyncConnection[Any]]) -> None:
     """
-    Return if connections of *user_class* can be made a pool's.
+    Return if a pool can have connections of *user_class*.
 
     Raises:
-        TypeError: With the reason why they cannot.
+        ConfigError: If it cannot.
     """
+    try:
+        _check_class(user_class)
+    except TypeError as ex:
+        raise ConfigError(
+            f"connection_class cannot be {user_class!r}",
+            parameter="connection_class",
+            detail=f"Connections of it cannot be handed out: {ex}.",
+            hint=see("config"),
+        ) from ex
+
+
+def _check_class(user_class: type[AsyncConnection[Any]]) -> None:
     _check_names(name for name in _OURS if hasattr(user_class, name))
     try:
         retired = bound_class(user_class, cast(Any, BoundConnection), None)._released_class
@@ -152,7 +164,7 @@ class BoundClasses:
             raise TypeError("it is a pool's already")
         if AsyncConnection not in kind.__mro__:
             raise TypeError("that is no psycopg.AsyncConnection")
-        check_class(kind)
+        _check_class(kind)
         return bound_class(kind, self._keeper, self._binding)
 
 

@@ -20,8 +20,9 @@ from psycopg import pq
 
 from ._binding import beginning, inherited
 from ._ending import at_work, dismiss, end_session, revoke_session
-from ._life import Life, NoLife, Pool, closed_error
+from ._life import Life
 from ._log import log
+from ._no_life import closed_error
 from ._reporting import moment
 from ._session import Session
 from ._tasks import forget
@@ -31,11 +32,8 @@ from ._words import in_words
 ACTIVE = pq.TransactionStatus.ACTIVE
 
 
-async def close(pool: Pool, timeout: float) -> None:
-    """End the life of *pool*, if it has one: see `BoundPool.close()`."""
-    life = pool._life
-    if isinstance(life, NoLife):
-        return
+async def close(life: Life, timeout: float) -> None:
+    """End *life*: see `BoundPool.close()`."""
     if life.gone:
         error = life.binding.mismatch("close it")
         _let_go(life)
@@ -62,7 +60,7 @@ async def end(life: Life, timeout: float, failure: BaseException | None) -> None
         finally:
             # Only now: who opens the pool anew must not meet what is left of this life.
             over = life.end()
-            over.moment = moment(life)
+            over.facts = moment(life).snapshot
 
 
 async def _in_order(life: Life, timeout: float, failure: BaseException | None) -> None:

@@ -62,9 +62,6 @@ def require() -> None:
         raise _cannot_work(", ".join(lacks))
 
 
-require()
-
-
 def set_owner(conn: Any, pool: Any) -> None:
     """Mark *conn* as checked out of *pool*, or, with None, as nobody's."""
     conn._pool = pool

@@ -13,7 +13,6 @@ from psycopg.abc import ConnParam
 from psycopg.conninfo import make_conninfo
 
 from . import _conninfo
-from ._classes import check_class
 from .errors import ConfigError, see
 
 UNLIMITED = 1_000_000
@@ -79,16 +78,6 @@ def connection_class(given: object) -> type[AsyncConnection[Any]]:
     user_class = AsyncConnection if given is None else get_origin(given) or given
     if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
         raise bad("connection_class", given, "AsyncConnection or a subclass of it")
-    if user_class is not AsyncConnection:
-        try:
-            check_class(user_class)  # pyright: ignore[reportUnknownArgumentType] - rows of any kind
-        except TypeError as ex:
-            raise ConfigError(
-                f"connection_class cannot be {user_class!r}",
-                parameter="connection_class",
-                detail=f"Connections of it cannot be handed out: {ex}.",
-                hint=see("config"),
-            ) from ex
     return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
 
 

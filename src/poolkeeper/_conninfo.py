@@ -15,13 +15,10 @@ from psycopg.conninfo import conninfo_to_dict
 
 from .errors import ConfigError, see
 
-# "postgresql+psycopg://", "postgres+asyncpg://": SQLAlchemy names the driver in the scheme.
-_SQLALCHEMY_SCHEME = re.compile(r"^(postgres(?:ql)?)\+[a-z0-9_]+://", re.IGNORECASE)
-
 # What libpq says, up to where it quotes what it could not read: that may be a piece of the
-# password. Its other words, in other languages too, are not shown.
-_SAYINGS = re.compile(
-    r"""
+# password. Its other words, in other languages too, are not shown. Compiled when something is
+# wrong, by re, which keeps it: importing costs less so.
+_SAYINGS = r"""
     (?P<named>
         invalid\ connection\ option
       | invalid\ URI\ query\ parameter:
@@ -35,18 +32,21 @@ _SAYINGS = re.compile(
     | invalid\ percent-encoded\ token:
     | forbidden\ value\ %00\ in\ percent-encoded\ value:
     | unexpected\ spaces\ found\ in
-    """,
-    re.VERBOSE,
-)
-_QUOTED_NAME = re.compile(r' "([a-z_]{1,40})"')
-_SECRET = re.compile("passw|secret|key|token", re.IGNORECASE)
+    """
+_NAME = "[a-z_]{1,40}"
+_SECRET = "(?i)passw|secret|key|token"
 
 HIDDEN = "***"
 
 
 def normalise(conninfo: str) -> str:
     """Return *conninfo* with the driver of a SQLAlchemy-style URL taken out of its scheme."""
-    return _SQLALCHEMY_SCHEME.sub(r"\1://", conninfo.strip())
+    conninfo = conninfo.strip()
+    scheme, is_url, rest = conninfo.partition("://")
+    dialect, _, driver = scheme.partition("+")  # "postgresql+psycopg", "postgres+asyncpg"
+    if is_url and driver.isidentifier() and dialect.lower() in ("postgresql", "postgres"):
+        return f"{dialect}://{rest}"
+    return conninfo
 
 
 def parse(conninfo: str, **kwargs: Any) -> dict[str, Any]:
@@ -83,11 +83,11 @@ def parse(conninfo: str, **kwargs: Any) -> dict[str, Any]:
 def _safe_words(libpq_message: str, conninfo: str) -> str:
     """Return a libpq parse error without anything that may be a piece of the password."""
     message = libpq_message.strip()
-    said = _SAYINGS.match(message)
+    said = re.match(_SAYINGS, message, re.VERBOSE)
     if said is None:
         return "the reason may quote the password and is not shown"
     rest = message[said.end() :]
-    name = _QUOTED_NAME.fullmatch(rest) if said["named"] else None
+    name = re.fullmatch(f' "({_NAME})"', rest) if said["named"] else None
     if not rest or (name and _is_a_name(name[1], conninfo)):
         return message
     return f'{said[0]} "{HIDDEN}"'
@@ -103,8 +103,8 @@ def _is_a_name(text: str, conninfo: str) -> bool:
     if "://" in conninfo:
         query = conninfo.partition("?")[2]
         # With a "@" after it, the "?" stands in the password.
-        return "@" not in query and not _SECRET.search(query.rpartition(text)[0])
-    return not _SECRET.search(conninfo.rpartition(text)[0])
+        return "@" not in query and not re.search(_SECRET, query.rpartition(text)[0])
+    return not re.search(_SECRET, conninfo.rpartition(text)[0])
 
 
 def _fault(params: dict[str, Any]) -> tuple[str, str]:
@@ -156,13 +156,12 @@ def names(params: Mapping[str, Any]) -> frozenset[str]:
             return frozenset()
     for setting in re.findall(r"(?:-c\s*|--)([\w.]+)=", str(params.get("options") or "")):
         shown.add(setting)
-    shown.update(name for name in params if _IS_A_NAME.fullmatch(name))
+    shown.update(name for name in params if re.fullmatch(_NAME, name))
     password = str(params.get("password") or "")
     return frozenset(name for name in shown if name and (not password or password not in name))
 
 
 _MAY_HAVE_AN_AT = frozenset({"user", "password", "sslpassword"})
-_IS_A_NAME = re.compile("[a-z_]{1,40}")
 
 
 def servers(params: Mapping[str, Any]) -> int:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Protocol
 
-from . import _cleaning, _facts
+from . import _cleaning
 from ._attempt import Attempt, Failure, enter
 from ._session import shut_down
+from ._snapshot import PoolSnapshot
 
 
 class Pool(Protocol):
@@ -43,7 +44,7 @@ class Pool(Protocol):
         """Start *work* in a task that `close()` waits for."""
         ...
 
-    def snapshot(self) -> _facts.PoolSnapshot:
+    def snapshot(self) -> PoolSnapshot:
         """Return the facts of this moment."""
         ...
 

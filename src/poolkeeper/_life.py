@@ -7,7 +7,7 @@ nothing in the next.
 
 A life has no behaviour of its own but for what every room needs: it says where each connection
 is. What happens to a connection is in the modules that take a life. Where there is none, `NoLife`
-stands in its place, and refuses everything with the right words.
+stands in its place.
 """
 # A pool's life, and what it was made with, are not its users'.
 # pyright: reportPrivateUsage=false
@@ -17,9 +17,8 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable
-from enum import StrEnum
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from ._between import Between
 from ._binding import LoopBinding
@@ -33,38 +32,12 @@ from ._failover import Failover
 from ._health import Question
 from ._line import Line
 from ._moment import Moment
+from ._no_life import NoLife, Options, State, closed_error, warn_of_constructor
 from ._recovery import Connector
 from ._session import Session
 from ._storm import Storm
 from ._tasks import Tasks, set_done
-from ._where import Place, warn_user
-from .errors import ClosedError, NotOpenError, see
-
-ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[None]]
-
-
-class State(StrEnum):
-    """Where a pool is in its life."""
-
-    NEW = "new"
-    OPENING = "opening"
-    OPEN = "open"
-    CLOSING = "closing"
-    CLOSED = "closed"
-
-
-class Options(NamedTuple):
-    """What a pool was made with, beside what psycopg_pool keeps of it."""
-
-    keeps: bool
-    """False for a null pool, which closes each connection that nobody waits for."""
-    min_size: int
-    max_size: int
-    configure: ConnectionCallback | None
-    check: ConnectionCallback | None
-    reset: ConnectionCallback | Literal["discard"] | None
-    application_name: str | None
-    leak_threshold: float | None
+from ._where import Place
 
 
 class Pool(Protocol):
@@ -292,93 +265,9 @@ class Life:
         """Be over; return what stands in its place from here on."""
         self.state = State.CLOSED
         self.between.clear()
-        self.pool._life = successor = NoLife(self.pool, State.CLOSED, self)
+        self.pool._life = successor = NoLife(
+            self.name, self.pool._options, self.binding, self.counters
+        )
         if not self.gone:
             set_done(self.ended)
         return successor
-
-
-class NoLife:
-    """
-    Stands for the life of a pool that has none: it refuses everything with the right words.
-
-    Args:
-        pool: The pool.
-        state: `State.NEW` or `State.CLOSED`.
-        before: Its last life.
-    """
-
-    ending = True
-
-    def __init__(self, pool: Pool, state: State, before: Life | None = None) -> None:
-        self.name = pool.name
-        self.state = state
-        self.binding = _NOBODY
-        self.min_size, self.max_size = pool._options.min_size, pool._options.max_size
-        self.last = before.binding if before is not None else None
-        self.counters = before.counters if before is not None else Counters()
-        self.moment: Moment | None = None
-        """The facts at the end of its last life, if that was closed."""
-
-    @property
-    def forked(self) -> bool:
-        """True if a parent process opened the pool last."""
-        return self.last is not None and self.last.forked
-
-    @property
-    def opened(self) -> Place | None:
-        """Where the pool was opened last."""
-        return self.last.opened if self.last is not None else None
-
-    def check_usable(self, purpose: str) -> None:
-        """
-        Refuse it.
-
-        Raises:
-            NotOpenError, ClosedError: Always.
-        """
-        if self.state is State.CLOSED:
-            raise closed_error(self.name, self.state, self.opened, purpose)
-        raise NotOpenError(
-            f'pool "{self.name}" is not open',
-            detail=f"Used {Place.here()} to {purpose}, before any open().",
-            hint='Open it first: "async with manager:" or "await manager.open()", in the'
-            " start-up hook of the framework. Test clients that skip the lifespan skip"
-            f" that too. {see('not-open')}",
-        )
-
-    def out_of_service(self, _purpose: str) -> str:
-        """Return in words that it is not open."""
-        return "the pool is closed" if self.state is State.CLOSED else "the pool is not open"
-
-
-class _Nobody:
-    """Stands for the binding of a pool that has no life."""
-
-    __slots__ = ()
-
-    @staticmethod
-    def admits() -> object:
-        return _NOBODY
-
-
-_NOBODY = _Nobody()
-
-
-def warn_of_constructor(name: str) -> None:
-    """Warn as psycopg_pool does: one day its constructor will open no pool."""
-    warn_user(
-        f"opening the async pool {name} in the constructor is deprecated: use await pool.open(), or"
-        f" async with {name}(...) as pool",
-        RuntimeWarning,
-    )
-
-
-def closed_error(name: str, state: State, opened: Place | None, purpose: str = "") -> ClosedError:
-    """Return the error that says that the pool is closed, or about to be."""
-    used = f" Used {Place.here()} to {purpose}." if purpose else ""
-    return ClosedError(
-        f'pool "{name}" is {state.value}',
-        detail=f"Opened {opened}.{used}" if opened else used,
-        hint=f"open() opens it again. {see('closed')}",
-    )

@@ -13,7 +13,7 @@ import asyncio
 import sys
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias, cast, overload
@@ -24,11 +24,9 @@ from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar, override
 
-from . import _facts, _lost_work, _watching
-from ._binding import beginning
-from ._block import Block, CheckoutContext
+from . import _door, _facts
 from ._config import bad, refuse_misplaced, require_number
-from ._life import State
+from ._no_life import State
 from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function, warn_user
 from .errors import (
@@ -257,7 +255,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         require_number(timeout=timeout)
-        return await _watching.check(self._pool, timeout)
+        return await _door.check(self._pool, timeout)
 
     # --- open and close -------------------------------------------------------------------
 
@@ -296,7 +294,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         except DuplicatePoolWarning:  # an error, where warnings are
             await self._pool.close(0)
             raise
-        with beginning():
+        with _door.beginning():
             _open_managers.add(self)
 
     @briefly
@@ -349,7 +347,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         )
 
     def _warn_of_duplicate(self, caller: str | None) -> None:
-        with beginning():  # other threads open theirs
+        with _door.beginning():  # other threads open theirs
             others = list(_open_managers)
         if self._server is None or self in others:
             return
@@ -377,7 +375,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         timeout: float | None = None,
         *,
         caller: FrameType | Callable[..., Any] | None = None,
-    ) -> CheckoutContext[ACT_co]:
+    ) -> _door.CheckoutContext[ACT_co]:
         """
         Return a context manager that acquires a connection, commits or rolls back, and releases.
 
@@ -405,13 +403,13 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         """
         frame = sys._getframe(1)
         if caller is None:
-            return CheckoutContext(self._pool, timeout, frame)
+            return _door.CheckoutContext(self._pool, timeout, frame)
         if isinstance(caller, FrameType | Behalf):
-            return CheckoutContext(self._pool, timeout, caller)
+            return _door.CheckoutContext(self._pool, timeout, caller)
         if not callable(caller):
             raise bad("caller", caller, "a frame, a function or None")
         code = code_behind(caller)
-        return CheckoutContext(self._pool, timeout, Behalf(code, frame) if code else frame)
+        return _door.CheckoutContext(self._pool, timeout, Behalf(code, frame) if code else frame)
 
     def transaction(
         self,
@@ -444,8 +442,10 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             level = _level(isolation)
         except ConfigError as ex:
             raise ex.with_traceback(None)  # noqa: B904 - see briefly()
-        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, sys._getframe(1))
-        return Block(_transaction, checkout, level, read_only, deferrable)
+        checkout: _door.CheckoutContext[Any] = _door.CheckoutContext(
+            self._pool, timeout, sys._getframe(1)
+        )
+        return _door.Block(_door.with_transaction, checkout, level, read_only, deferrable)
 
     @overload
     def cursor(
@@ -484,8 +484,8 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame)
-        return Block(_cursor, checkout, row_factory, binary)
+        checkout: _door.CheckoutContext[Any] = _door.CheckoutContext(self._pool, timeout, frame)
+        return _door.Block(_door.with_cursor, checkout, row_factory, binary)
 
     # --- one statement, one round trip ------------------------------------------------------
 
@@ -640,7 +640,9 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
     def _checkout(
         self, timeout: float | None, query_timeout: float | None, frame: FrameType
     ) -> AbstractAsyncContextManager[Any]:
-        checkout: CheckoutContext[Any] = CheckoutContext(self._pool, timeout, frame, True)
+        checkout: _door.CheckoutContext[Any] = _door.CheckoutContext(
+            self._pool, timeout, frame, True
+        )
         if query_timeout is None:
             return checkout
         require_number(query_timeout=query_timeout)
@@ -678,7 +680,7 @@ async def _one_shot(
 class _TimedCheckout(AbstractAsyncContextManager[Any]):
     """A checkout that ends by itself: *seconds* after its connection was acquired."""
 
-    def __init__(self, checkout: CheckoutContext[Any], seconds: float) -> None:
+    def __init__(self, checkout: _door.CheckoutContext[Any], seconds: float) -> None:
         self._checkout = checkout
         self._seconds = seconds
 
@@ -729,37 +731,6 @@ async def _first_row(cursor: AsyncCursor[Any]) -> Any:
 
 async def _all_rows(cursor: AsyncCursor[Any]) -> list[Any]:
     return await cursor.fetchall() if cursor.description else []
-
-
-async def _transaction(
-    checkout: CheckoutContext[Any],
-    isolation: IsolationLevel | None,
-    read_only: bool | None,
-    deferrable: bool | None,
-) -> AsyncGenerator[Any]:
-    async with checkout as conn:
-        if isolation is not None:
-            await conn.set_isolation_level(isolation)
-        if read_only is not None:
-            await conn.set_read_only(read_only)
-        if deferrable is not None:
-            await conn.set_deferrable(deferrable)
-        failed = False
-        async with conn.transaction():
-            _lost_work.note_begun(conn)
-            yield conn
-            failed = _lost_work.has_failed(conn)
-        if failed:  # so its COMMIT was a roll-back
-            _lost_work.warn_of_failed(conn._binding.name, conn._checkout)
-
-
-async def _cursor(
-    checkout: CheckoutContext[Any], row_factory: AsyncRowFactory[Any] | None, binary: bool
-) -> AsyncGenerator[Any]:
-    async with checkout as conn:
-        factory = row_factory or conn.row_factory
-        async with conn.cursor(binary=binary, row_factory=factory) as cursor:
-            yield cursor
 
 
 def _level(isolation: Isolation | None) -> IsolationLevel | None:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from psycopg import pq
 
-from . import _facts
 from ._checkouts import Checkout, Load
 from ._clock import stalled_seconds
+from ._diagnosis import Diagnosis, diagnose
 from ._line import Waiter
+from ._snapshot import CheckoutRow, PoolSnapshot, WaiterRow
 from ._where import Code, asker, is_library, route_of, site, where_now
 from .errors import see
 
@@ -161,8 +162,8 @@ class Moment:
         self._waiting = waiting
         self._load = load
         self._stalls = stalls
-        self._snapshot: _facts.PoolSnapshot | None = None
-        self._accounts: dict[float, tuple[_facts.Diagnosis, str]] = {}
+        self._snapshot: PoolSnapshot | None = None
+        self._accounts: dict[float, tuple[Diagnosis, str]] = {}
 
     def is_of(self, counts: dict[str, int], last_began: float) -> bool:
         """Tell whether the numbers were *counts*, and nobody has acquired since *last_began*."""
@@ -171,7 +172,7 @@ class Moment:
             fields[name] == number for name, number in counts.items()
         )
 
-    def snapshot(self, waited: float | None = None) -> _facts.PoolSnapshot:
+    def snapshot(self, waited: float | None = None) -> PoolSnapshot:
         """
         Return it as what users see.
 
@@ -183,11 +184,11 @@ class Moment:
             holds = Counter(one.of for one in self._held)
             fields: dict[str, Any] = {**self._fields}
             fields["opened"] = str(fields["opened"])
-            snapshot = self._snapshot = _facts.PoolSnapshot(
+            snapshot = self._snapshot = PoolSnapshot(
                 **fields,
                 checkouts=tuple(self._checkout_row(one, holds) for one in self._held),
                 waiters=tuple(
-                    _facts.WaiterRow(
+                    WaiterRow(
                         task=one.task,
                         site=site(one.code, one.lineno),
                         waited_seconds=self.when - one.since,
@@ -210,13 +211,13 @@ class Moment:
             load=load,
         )
 
-    def _checkout_row(self, one: Held, holds: Counter[int]) -> _facts.CheckoutRow:
+    def _checkout_row(self, one: Held, holds: Counter[int]) -> CheckoutRow:
         running = one.busy_since > 0.0
         if running:
             status = "running a query"
         else:
             status = "idle in transaction" if one.in_transaction else "idle"
-        return _facts.CheckoutRow(
+        return CheckoutRow(
             task=one.task,
             site=site(one.code, one.lineno),
             held_seconds=self.when - one.since,
@@ -234,12 +235,12 @@ class Moment:
             awaits=asker(*one.awaits) if one.awaits else "",
         )
 
-    def account(self, timeout: float, waited: float) -> tuple[str, str, str, _facts.Diagnosis]:
+    def account(self, timeout: float, waited: float) -> tuple[str, str, str, Diagnosis]:
         """Return message, detail, hint and diagnosis for a task that has waited in vain."""
         # To the hundredth of a second, rounded down: many share it, and it is part of each wait.
         waited = int(waited * 100) / 100
         if waited not in self._accounts:
-            diagnosis = _facts.diagnose(self.snapshot(waited), in_vain=True)
+            diagnosis = diagnose(self.snapshot(waited), in_vain=True)
             self._accounts[waited] = diagnosis, diagnosis.detail
         diagnosis, detail = self._accounts[waited]
         return (

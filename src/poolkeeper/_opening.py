@@ -15,7 +15,6 @@ import weakref
 from functools import partial
 from time import monotonic
 
-from . import _facts
 from ._acquiring import end_deadlock, time_out
 from ._binding import LoopBinding, beginning
 from ._checking import Checks
@@ -23,8 +22,9 @@ from ._classes import BoundClasses
 from ._clock import LineClock, SlowCallbacks
 from ._closing import abandon, end
 from ._failover import Failover
-from ._life import Life, Pool, State
+from ._life import Life, Pool
 from ._making import Maker
+from ._no_life import State
 from ._recovery import Connector
 from ._reporting import open_error
 from ._stock import help_growth, let_go, shrink
@@ -57,7 +57,6 @@ def open_in_constructor(pool: Pool, warned: bool) -> None:
 
 def begin(pool: Pool, caller: str | None) -> Life:
     """Return the life that goes on here, or begin one; of threads that come at once one does."""
-    _facts.load()
     with beginning():
         before = pool._life
         if isinstance(before, Life) and not before.ending and _alive_here(before):

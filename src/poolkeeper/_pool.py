@@ -18,16 +18,15 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool
 from typing_extensions import TypeVar, override
 
-from . import _closing, _config, _facts, _opening, _releasing, _reporting, _stock, _watching
-from ._acquiring import take, wait_for_connection
-from ._block import CheckoutContext
-from ._checkouts import Checkout
-from ._life import Life, NoLife, Options, State, warn_of_constructor
+from . import _compat, _config, _door, _facts
+from ._no_life import NoLife, Options, State, warn_of_constructor
 from ._where import Place, coroutine_function
 from .errors import PoolkeeperError, briefly
 
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 
+
+_compat.require()
 
 _PSYCOPGS: Any = AsyncConnection
 
@@ -59,7 +58,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
     keeps: ClassVar[bool] = True
     """False for a null pool."""
 
-    _life: Life | NoLife
+    _life: _door.Life | NoLife
     _options: Options
 
     @briefly
@@ -114,6 +113,8 @@ class BoundPool(AsyncConnectionPool[ACT]):
         _config.require_text(name=name, application_name=application_name)
         _config.require_flag(close_returns=close_returns)
         user_class = _config.connection_class(connection_class)
+        if user_class is not AsyncConnection:
+            _door.require_class(user_class)
         conninfo = _config.conninfo(conninfo)
         settled = _config.settled(kwargs)
         self._server = _config.server(conninfo, settled, user_class)
@@ -141,9 +142,9 @@ class BoundPool(AsyncConnectionPool[ACT]):
         self._options = Options(
             self.keeps, min_size, most, configure, check, reset, application_name, leak_threshold
         )
-        self._life = NoLife(self, State.NEW)
+        self._life = NoLife(self.name, self._options)
         if open or open is None:
-            _opening.open_in_constructor(self, warned=bool(open))
+            _door.open_in_constructor(self, warned=bool(open))
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -151,7 +152,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
     def state(self) -> State:
         """Where the pool is in its life; closed too when its loop or process is not here."""
         life = self._life
-        return State.CLOSED if isinstance(life, Life) and life.gone else life.state
+        return State.CLOSED if life.gone else life.state
 
     @property
     @override
@@ -174,8 +175,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the loop, in the process, that opened the pool."""
-        life = self._life
-        return isinstance(life, Life) and life.binding.is_here()
+        return self._life.binding.is_here()
 
     @property
     def inherited(self) -> bool:
@@ -193,24 +193,23 @@ class BoundPool(AsyncConnectionPool[ACT]):
 
         After them those of making, returning and checking that are not 0.
         """
-        return _reporting.counts(self._life)
+        return _door.counts(self._life)
 
     def numbers(self) -> str:
         """Return the numbers of `counts()` in words."""
-        return _reporting.numbers(self._life)
+        return _door.numbers(self._life)
 
-    def checkouts(self) -> list[Checkout]:
+    def checkouts(self) -> list[_door.Checkout]:
         """Return who holds a connection, longest first."""
-        life = self._life
-        return life.ledger.longest_first() if isinstance(life, Life) else []
+        return list(self._life.held)
 
     def snapshot(self) -> _facts.PoolSnapshot:
         """Return the facts of this moment. Never touches the network."""
-        return _reporting.snapshot(self._life)
+        return _door.snapshot(self._life)
 
     def diagnose(self) -> _facts.Diagnosis:
         """Return why connections are short, from a `snapshot()` of this moment."""
-        return _reporting.diagnose(self._life)
+        return _door.diagnose(self._life)
 
     @override
     def __repr__(self) -> str:
@@ -227,7 +226,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._life.counters.pop() | self._measures()
 
     def _measures(self) -> dict[str, int]:
-        return _reporting.measures(self._life) | {"pool_max": self.max_size}
+        return _door.measures(self._life) | {"pool_max": self.max_size}
 
     # --- open and close -------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             OpenError: If the connections cannot be made, or not in time. The pool is closed,
                 unless it was open before.
         """
-        await _opening.open_pool(self, wait, timeout, caller)
+        await _door.open_pool(self, wait, timeout, caller)
 
     @override
     @briefly
@@ -272,7 +271,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             OpenError: If they cannot be made, or not within *timeout* seconds. A pool that did
                 not come to be open is closed, unless another task still waits for it.
         """
-        await _opening.until_ready(self._usable("wait for it"), timeout)
+        await _door.until_ready(self._usable("wait for it"), timeout)
 
     @override
     @briefly
@@ -293,19 +292,21 @@ class BoundPool(AsyncConnectionPool[ACT]):
             LoopMismatchError: If called on another loop than the one that opened the pool, or
                 in a forked process. If that loop is closed, sockets are closed nevertheless.
         """
-        await _closing.close(self, timeout)
+        life = self._life
+        if not isinstance(life, NoLife):
+            await _door.close(life, timeout)
 
-    def _usable(self, purpose: str) -> Life:
+    def _usable(self, purpose: str) -> _door.Life:
         """Return the life that goes on here and now, raise if there is none."""
         self._life.check_usable(purpose)
-        return cast(Life, self._life)
+        return cast("_door.Life", self._life)
 
     # --- acquire and release --------------------------------------------------------------
 
     @override
     def connection(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         self, timeout: float | None = None
-    ) -> CheckoutContext[ACT]:
+    ) -> _door.CheckoutContext[ACT]:
         """
         Return a context manager that acquires a connection and gives it back.
 
@@ -313,7 +314,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         decorator of an async function, it does so around each call. For
         arguments and errors see `getconn()`.
         """
-        return CheckoutContext(self, timeout, sys._getframe(1))
+        return _door.CheckoutContext(self, timeout, sys._getframe(1))
 
     @override
     @coroutine_function
@@ -338,11 +339,11 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._getconn(timeout, frame, frame.f_lineno)
 
     async def _getconn(self, timeout: float | None, frame: FrameType, lineno: int) -> ACT:
-        life = cast(Life, self._life)
+        life = cast("_door.Life", self._life)
         try:
-            conn: Any = take(life, frame, lineno, False)
+            conn: Any = _door.take(life, frame, lineno, False)
             if conn is None:
-                conn = await wait_for_connection(life, timeout, frame, lineno, False)
+                conn = await _door.wait_for_connection(life, timeout, frame, lineno, False)
         except PoolkeeperError as ex:
             raise ex.with_traceback(None)  # noqa: B904 - see briefly()
         return cast(ACT, conn)
@@ -362,15 +363,15 @@ class BoundPool(AsyncConnectionPool[ACT]):
         """
         # On the way out with an error there is nothing to be told that the error does not tell.
         failing = sys.exc_info()[1] is not None
-        unlocking = _releasing.release(self, conn, failing, tells=not failing)
+        unlocking = _door.release(self, conn, failing, tells=not failing)
         if unlocking is not None:
             await asyncio.shield(unlocking)
 
     def take_back_dropped(self, conn: Any) -> None:
         """Take a connection back that was garbage-collected and not closed."""
         life = self._life
-        if isinstance(life, Life) and conn._binding is life.binding:
-            _releasing.take_back_dropped(life, conn)
+        if conn._binding is life.binding:
+            _door.take_back_dropped(life, conn)
 
     # --- the stock ------------------------------------------------------------------------
 
@@ -383,13 +384,13 @@ class BoundPool(AsyncConnectionPool[ACT]):
         Tasks that wait are served as soon as there is room for more connections. Those that are
         too many are closed now where they are idle, the others when they come back.
         """
-        _stock.resize(self._usable("resize it"), min_size, max_size)
+        _door.resize(self._usable("resize it"), min_size, max_size)
 
     @override
     @briefly
     async def drain(self) -> None:
         """Replace every connection: idle ones now, the others when they come back."""
-        _stock.drain(self._usable("drain it"))
+        _door.drain(self._usable("drain it"))
 
     @override
     @briefly
@@ -400,7 +401,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         # as long as psycopg does, with all idle connections out of everybody's reach.
         life.connector.go_on()
         life.tasks.stay()
-        if checks := _watching.look_at_idle(life):
+        if checks := _door.look_at_idle(life):
             await asyncio.wait(checks)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Container
 from time import monotonic
 
-from . import _facts
-from ._life import Life, NoLife, State
+from . import _diagnosis
+from ._life import Life
 from ._moment import Moment, note_held, note_waiting
+from ._no_life import NoLife, State
+from ._snapshot import PoolSnapshot
 from .errors import OpenError, see
 
 
@@ -70,13 +72,13 @@ def unanswered(life: Life) -> int:
     return sum(attempt.asks_server for attempt in life.connector.attempts)
 
 
-def snapshot(life: Life | NoLife) -> _facts.PoolSnapshot:
+def snapshot(life: Life | NoLife) -> PoolSnapshot:
     """Return the facts of this moment as users see them."""
-    if isinstance(life, NoLife) and life.moment is not None:
-        return life.moment.snapshot()
+    if isinstance(life, NoLife) and life.facts is not None:
+        return life.facts()
     if isinstance(life, NoLife) or life.gone:
         state = "closed" if isinstance(life, Life) else life.state.value
-        return _facts.PoolSnapshot(life.name, state, 0, 0, 0, life.max_size, 0, life.min_size)
+        return PoolSnapshot(life.name, state, 0, 0, 0, life.max_size, 0, life.min_size)
     return moment(life).snapshot()
 
 
@@ -125,9 +127,9 @@ def moment(life: Life, gave_up: Container[object] = ()) -> Moment:
     )
 
 
-def diagnose(life: Life | NoLife) -> _facts.Diagnosis:
+def diagnose(life: Life | NoLife) -> _diagnosis.Diagnosis:
     """Return why connections are short, from a `snapshot()` of this moment."""
-    return _facts.diagnose(snapshot(life))
+    return _diagnosis.diagnose(snapshot(life))
 
 
 def open_error(life: Life, timeout: float | None) -> OpenError:

@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 from psycopg import pq
 
-from . import _facts, _reporting
+from . import _reporting
 from ._ending import dismiss, lost, replace
 from ._health import Question
 from ._life import Life, Pool
@@ -30,6 +30,7 @@ from ._making import connect_beside
 from ._moment import Moment
 from ._releasing import start_put_back, take_back_unused
 from ._session import Session, retire, shut_down
+from ._snapshot import Health, PoolSnapshot
 from ._stock import drain
 
 IDLE = pq.TransactionStatus.IDLE
@@ -170,7 +171,7 @@ class Watch:
         """Return its numbers."""
         return _reporting.counts(self._life)
 
-    def snapshot(self) -> _facts.PoolSnapshot:
+    def snapshot(self) -> PoolSnapshot:
         """Return the facts of this moment."""
         return _reporting.snapshot(self._life)
 
@@ -205,7 +206,7 @@ class Watch:
 # --- whether a query can run --------------------------------------------------------------------
 
 
-async def check(pool: Pool, timeout: float) -> _facts.Health:
+async def check(pool: Pool, timeout: float) -> Health:
     """Return whether the server answers within *timeout* seconds."""
     began = monotonic()
     ok, beside = False, False
@@ -218,7 +219,7 @@ async def check(pool: Pool, timeout: float) -> _facts.Health:
         ok, reason, kind = await question.answer_within(timeout)
         beside = question.beside
     seconds = monotonic() - began
-    return _facts.Health(
+    return Health(
         ok, reason or "", seconds, beside, _reporting.snapshot(pool._life), kind or reason or ""
     )
 

@@ -18,7 +18,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -34,8 +33,7 @@ _loop_numbers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, int] = (
 _next_loop_number = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where something happened, ready to be printed."""
 
     site: str

@@ -319,7 +319,7 @@ def test_a_place_in_another_thread_names_it() -> None:
 
 async def test_a_place_holds_nothing_but_strings_and_numbers() -> None:
     place = Place.here()
-    values = [getattr(place, name) for name in Place.__slots__]
+    values = [getattr(place, name) for name in Place._fields]
     assert {type(value) for value in values} <= {str, int}
     with pytest.raises(AttributeError):
         place.site = "x"  # type: ignore[misc]
