@@ -64,6 +64,8 @@ def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: b
     loop = _get_running_loop()
     if loop is None or loop is not life.binding.admits():
         life.check_usable("acquire a connection")
+        if life.stand_in is not None:
+            return None
     life.counters.requests += 1
     idle = life.idle
     if not idle or life.line or life.check is not None:
@@ -125,6 +127,12 @@ async def wait_for_connection(
     life: Life, timeout: float | None, frame: FrameType | Behalf, lineno: int, structured: bool
 ) -> Any:
     """Acquire a connection when `take()` had none."""
+    conn: Any
+    if life.stand_in is not None:
+        conn = await life.stand_in.acquire(timeout, frame, lineno)
+        if conn is not None:
+            return conn
+        life.counters.requests += 1
     if timeout is None:
         timeout = life.pool.timeout
     began = monotonic()
@@ -136,7 +144,6 @@ async def wait_for_connection(
     while True:
         if life.ending:
             life.check_usable("acquire a connection")
-        conn: Any
         if life.idle and not life.line:
             conn = _take_next(life)
         else:

@@ -66,6 +66,25 @@ class Pool(Protocol):
         ...
 
 
+class StandIn:
+    """
+    Serves acquires in the place of a life's own connections, as a sandbox does in tests.
+
+    Whoever acquires asks it where `LoopBinding.admits()` says no and `Life.check_usable()` yes; a
+    connection of its own names it as its owner, and so comes back to it.
+    """
+
+    pool: Pool
+
+    async def acquire(self, timeout: float | None, frame: Any, lineno: int) -> Any:
+        """Return a connection; None where the pool's own are meant."""
+        raise NotImplementedError
+
+    def release(self, conn: Any, roll_back: bool) -> asyncio.Future[None] | None:
+        """Take one of its own back, as `release()` does; return what the caller is to wait for."""
+        raise NotImplementedError
+
+
 class Openers:
     """
     Who waits until a pool is open.
@@ -131,6 +150,8 @@ class Life:
         """True from the beginning of `close()` on."""
         self.announced = True
         """False if the constructor has opened it, and nobody has said a word since."""
+        self.stand_in: StandIn | None = None
+        """Who serves acquires in its place; `let_serve()` changes it."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.openers = Openers()
         self.configure = options.configure
@@ -244,6 +265,14 @@ class Life:
         """Note that somebody has opened it in words."""
         if not self.announced and not self.ending:
             self.announced = True
+            self.let_serve(self.stand_in)
+
+    def let_serve(self, stand_in: StandIn | None) -> None:
+        """Let *stand_in* serve every acquire from here on; with None, the pool itself again."""
+        self.stand_in = stand_in
+        if self.ending or stand_in is not None or not self.announced:
+            self.binding.admit_nobody()
+        else:
             self.binding.admit()
 
     def out_of_service(self, purpose: str) -> str | None:

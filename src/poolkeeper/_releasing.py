@@ -37,7 +37,7 @@ from ._ending import (
     lost,
     replace,
 )
-from ._life import Life, Pool
+from ._life import Life, Pool, StandIn
 from ._log import log
 from ._session import Session, part_from_pipeline, shut_down
 from ._stock import forget, is_surplus
@@ -79,6 +79,9 @@ def release(
             return None  # close() took it back already
         if isinstance(conn, ReleasedConnection):
             raise conn.given_back_twice()
+        owner = _compat.owner(conn)
+        if isinstance(owner, StandIn) and owner.pool is pool:
+            return owner.release(conn, roll_back)
         raise _not_from_here(pool, conn)
     # The connection's own binding: the pool may have been opened anew meanwhile.
     binding: LoopBinding = conn._binding

@@ -1,0 +1,22 @@
+"""
+For tests: a sandbox that takes back what a test has done.
+
+```python
+@pytest.fixture
+async def db():
+    async with sandbox(manager):
+        yield manager
+```
+"""
+
+from ._errors import LeftBehindError, OwnershipError, SandboxError
+from ._sandbox import Sandbox, outside, sandbox
+
+__all__ = [
+    "LeftBehindError",
+    "OwnershipError",
+    "Sandbox",
+    "SandboxError",
+    "outside",
+    "sandbox",
+]

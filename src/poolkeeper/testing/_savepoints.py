@@ -1,0 +1,93 @@
+"""
+The transactions of a sandbox: what each checkout begins, commits and rolls back is a savepoint.
+
+They lie one upon the other on the one connection: `Savepoints` knows their order. What is done
+here is done in psycopg's generators, which run to their end whoever is cancelled, and note what
+the server has answered before anything else can happen.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import psycopg
+from psycopg import generators, pq
+from psycopg.abc import PQGen
+
+INERROR = pq.TransactionStatus.INERROR
+NO_PIPELINE = pq.PipelineStatus.OFF
+
+_FINE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
+
+_CHECKS = [
+    # What is deferred to the end of a transaction is looked at here, and put back as it was.
+    b"SAVEPOINT poolkeeper_check",
+    b"SET CONSTRAINTS ALL IMMEDIATE",
+    b"ROLLBACK TO poolkeeper_check",
+    b"RELEASE poolkeeper_check",
+]
+
+
+class Savepoints:
+    """Those that are open on one connection, outermost first, each with the name of it."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+        self._open: list[bytes] = []
+
+    def begin(self, conn: Any) -> PQGen[bytes]:
+        """Set one for a transaction of *conn*; return its name."""
+        name = b"poolkeeper_%d" % next(self._numbers)
+        commands = [b"SAVEPOINT " + name]
+        if conn.read_only:
+            commands.append(b"SET TRANSACTION READ ONLY")
+        yield from run(conn, commands)
+        self._open.append(name)
+        return name
+
+    def commit(self, conn: Any, name: bytes) -> PQGen[None]:
+        """Release one, and those within; roll back instead where it has failed, as a server."""
+        if name not in self._open:
+            return  # one around it has ended
+        if conn.pgconn.transaction_status == INERROR:
+            yield from self.roll_back(conn, name)
+            return
+        try:
+            yield from run(conn, [*_CHECKS, b"RELEASE " + name])
+        except psycopg.Error:
+            # Of a constraint that was deferred: that is a roll-back.
+            if conn.pgconn.transaction_status == INERROR:
+                yield from self.roll_back(conn, name)
+            raise
+        self._forget(name)
+
+    def roll_back(self, conn: Any, name: bytes) -> PQGen[None]:
+        """Undo what was done since one was set, and end it."""
+        if name not in self._open:
+            return
+        yield from run(conn, [b"ROLLBACK TO " + name, b"RELEASE " + name])
+        self._forget(name)
+
+    def is_open(self, name: bytes | None) -> bool:
+        """Tell whether one is open, and neither it nor one around it has ended."""
+        return name in self._open
+
+    def _forget(self, name: bytes) -> None:
+        del self._open[self._open.index(name) :]
+
+
+def run(conn: Any, commands: list[bytes]) -> PQGen[None]:
+    """Run *commands* in one round trip, or as a part of the pipeline that *conn* is in."""
+    pipeline = conn._pipeline
+    if pipeline is not None:
+        for command in commands:
+            yield from conn._exec_command(command)
+        yield from pipeline._sync_gen()
+        return
+    pgconn = conn.pgconn
+    pgconn.send_query(b"; ".join(commands))
+    results: list[Any] = yield from generators.execute(pgconn)
+    for result in results:
+        if result.status not in _FINE:
+            raise psycopg.errors.error_from_result(result)

@@ -1,0 +1,126 @@
+"""
+What a sandbox needs of the pool's rooms: the one module in here that knows what is not public.
+
+A sandbox is a `StandIn`, acquires one connection as everybody does, and makes handles over its
+session, as the pool makes one for each checkout.
+"""
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import weakref
+from time import monotonic
+from types import FrameType
+from typing import Any, cast
+
+from poolkeeper import BoundPool
+from poolkeeper._acquiring import take, wait_for_connection
+from poolkeeper._checkouts import Checkout as Checkout
+from poolkeeper._life import Life
+from poolkeeper._life import StandIn as StandIn
+from poolkeeper._where import program_frame as program_frame
+
+from ._handles import Exchange, HandleLock, Sandboxed
+
+
+def life_of(pool: BoundPool[Any]) -> Life:
+    """Return the life of a pool that is open here; raise if it is not."""
+    pool._life.check_usable("make a sandbox")
+    return cast(Life, pool._life)
+
+
+class Base:
+    """
+    The connection that a sandbox has of the pool, and what is made over its session.
+
+    Args:
+        life: Of the pool.
+        conn: The connection.
+        stand_in: Whose it is from now on.
+    """
+
+    def __init__(self, life: Life, conn: Any, stand_in: StandIn) -> None:
+        self.conn = conn
+        self._life = life
+        self._session = conn._session
+        self._stand_in = stand_in
+        self._class: Any = None
+
+    @classmethod
+    async def acquire(cls, life: Life, stand_in: StandIn, timeout: float | None) -> Base:
+        """Acquire one, in the pool's own way."""
+        frame = program_frame(sys._getframe())
+        conn = take(life, frame, frame.f_lineno, False)
+        if conn is None:
+            conn = await wait_for_connection(life, timeout, frame, frame.f_lineno, False)
+        return cls(life, conn, stand_in)
+
+    def let_talk(self, exchange: Exchange) -> None:
+        """Let those handles talk by turns that are made from here on."""
+        bound = cast(Any, type(self.conn))
+        lock_class = type("SandboxLock", (HandleLock, bound._lock_class), {"exchange": exchange})
+        name = f"Sandboxed{bound._user_class.__name__}"
+        namespace = {"__module__": "poolkeeper", "__qualname__": name, "_lock_class": lock_class}
+        self._class = type(name, (Sandboxed, bound), namespace)
+
+    def checkout(self, task: Any, frame: FrameType | Any, lineno: int) -> Checkout:
+        """Return the record of a checkout that begins."""
+        return Checkout(self._session, task, frame.f_code, lineno, True, monotonic())
+
+    def handle(self, checkout: Checkout, hold: Any) -> Any:
+        """Return a connection for a checkout."""
+        conn = self.new(hold)
+        conn._checkout = checkout
+        conn._pool = self._stand_in
+        return conn
+
+    def new(self, hold: Any) -> Any:
+        """Return a handle that is as `configure` left the first one."""
+        # Of one like the base, for who is made anew is retired.
+        like: Any = object.__new__(self._class)
+        like.__dict__.update(self.conn.__dict__, lock=self._class._lock_class())
+        return self.successor(like, hold)
+
+    def successor(self, conn: Any, hold: Any) -> Any:
+        """Retire *conn*; return a handle for the same checkout, to put things in order by."""
+        fresh = self._session.successor(conn)
+        fresh.lock = self._class._lock_class()
+        fresh._hold = hold
+        return fresh
+
+    def is_in_order(self) -> bool:
+        """True if no setting is other than it was."""
+        return bool(self._session.parameters_unchanged)
+
+    async def clean(self, fresh: Any, checkout: Checkout) -> None:
+        """Put settings back that a borrower has changed."""
+        if not self.is_in_order():
+            self._session.returned = checkout
+            await self._life.cleaner.clean(fresh)
+
+    def end(self, checkout: Checkout, outer: weakref.ref[Any] | None) -> None:
+        """Note that a checkout has ended; *outer* is the handle that stands for the session now."""
+        if checkout.task is not None:
+            checkout.name = checkout.task.get_name()
+        checkout.task = checkout.session = None
+        self._session._handle = weakref.ref(self.conn) if outer is None else outer
+
+    def finish(self) -> None:
+        """End the session, which cannot be saved."""
+        self._session.finish()
+
+    async def put_back(self) -> None:
+        """Undo all, and give the connection back to the pool."""
+        self._session._handle = weakref.ref(self.conn)
+        pool: Any = self._life.pool
+        if pool._life is not self._life:  # it was closed meanwhile
+            self.finish()
+            return
+        try:
+            if not self.conn.closed:
+                async with asyncio.timeout(10):
+                    await self.conn.rollback()
+        finally:
+            await pool.putconn(self.conn)
