@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from poolkeeper import PoolkeeperError, __version__
 
@@ -41,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.set_defaults(run=say_what_there_is)
     commands = parser.add_subparsers(metavar="COMMAND")
+    _add_demo(commands)
+    _add_explain(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="show a small app at work, then what common mistakes do, with and without poolkeeper",
@@ -60,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         help="also write the closing table, and every message, to this file",
     )
     demo.set_defaults(run=_demo)
+
+
+def _add_explain(commands: Any) -> None:
     explain = commands.add_parser(
         "explain",
         help="what an error or the cause of a shortage means, and what to do; needs no network",
@@ -74,7 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         ' traceback as it was pasted; "-" reads it from standard input',
     )
     explain.set_defaults(run=_explain)
-    return parser
 
 
 def _demo(chosen: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from asyncio import _get_running_loop
 from collections.abc import Callable
 
 from ._advice import advice, advice_after_fork
-from ._where import Place, running_loop
+from ._where import NO_LOOP, Place, running_loop
 from .errors import LoopMismatchError, see
 
 _bindings: weakref.WeakSet[LoopBinding] = weakref.WeakSet()
@@ -28,6 +28,14 @@ _OUTSIDE = (
 _ELSEWHERE = (
     "Open one PoolManager per event loop, or hand the work to the owner loop with"
     " asyncio.run_coroutine_threadsafe()."
+)
+_IN_EACH_RUN = (
+    "Every asyncio.run() makes a new loop: open the pool in the one that uses it, with"
+    ' "async with manager:".'
+)
+_ON_ITS_LOOP = (
+    "Open the pool on the loop that uses it: the one that opened it does not run, so no work can"
+    " be handed to it."
 )
 _WORKER = "AnyIO worker thread"
 _IN_WORKER = (
@@ -175,33 +183,22 @@ class LoopBinding:
                 " application's lifespan, not at import under --preload."
                 f" {advice_after_fork()}{see('fork')}",
             )
-        if used.loop == "no event loop":
-            return LoopMismatchError(
-                f'pool "{self.name}" was used outside of its event loop',
-                detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-                hint=f"{_IN_WORKER if used.thread == _WORKER else _OUTSIDE}"
-                f" {advice(True)}{see('loop-mismatch')}",
-            )
-        if loop is None or loop.is_closed():
-            return LoopMismatchError(
-                f'pool "{self.name}" is bound to an event loop that is closed',
-                detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-                hint="Every asyncio.run() makes a new loop: open the pool in the one that uses"
-                f' it, with "async with manager:". {advice()}{see("loop-mismatch")}',
-            )
-        if not loop.is_running():
+        what, owner, hand_over = "is bound to a different event loop", "", False
+        if used.loop == NO_LOOP:
+            what, hint, hand_over = "was used outside of its event loop", _OUTSIDE, True
+        elif loop is None or loop.is_closed():
+            what, hint = "is bound to an event loop that is closed", _IN_EACH_RUN
+        elif not loop.is_running():
             # The thread that would run it may be this one: who waits for it waits for ever.
-            return LoopMismatchError(
-                f'pool "{self.name}" is bound to a different event loop',
-                detail=f"Opened {self._owner_in_words('not running')}. Used {used} to {purpose}.",
-                hint="Open the pool on the loop that uses it: the one that opened it does not run,"
-                f" so no work can be handed to it. {advice()}{see('loop-mismatch')}",
-            )
+            owner, hint = "not running", _ON_ITS_LOOP
+        else:
+            hint, hand_over = _ELSEWHERE, True
+        if hand_over and used.thread == _WORKER:
+            hint = _IN_WORKER
         return LoopMismatchError(
-            f'pool "{self.name}" is bound to a different event loop',
-            detail=f"Opened {self._owner_in_words()}. Used {used} to {purpose}.",
-            hint=f"{_IN_WORKER if used.thread == _WORKER else _ELSEWHERE}"
-            f" {advice(True)}{see('loop-mismatch')}",
+            f'pool "{self.name}" {what}',
+            detail=f"Opened {self._owner_in_words(owner)}. Used {used} to {purpose}.",
+            hint=f"{hint} {advice(hand_over)}{see('loop-mismatch')}",
         )
 
     def _owner_in_words(self, loop_state: str = "") -> str:

@@ -9,7 +9,6 @@ from typing import Any, cast, get_origin
 
 import psycopg
 from psycopg import AsyncConnection
-from psycopg.abc import ConnParam
 from psycopg.conninfo import make_conninfo
 
 from . import _conninfo
@@ -61,6 +60,11 @@ def null_size(min_size: object, max_size: object) -> int:
     return cast(int, max_size) or UNLIMITED
 
 
+def shown_size(max_size: int) -> int:
+    """Return `max_size` as the user of a null pool gives it."""
+    return 0 if max_size == UNLIMITED else max_size
+
+
 def require_text(**texts: object) -> None:
     for parameter, value in texts.items():
         if value is not None and not isinstance(value, str):
@@ -73,7 +77,45 @@ def require_flag(**flags: object) -> None:
             raise bad(parameter, value, "True or False")
 
 
-def connection_class(given: object) -> type[AsyncConnection[Any]]:
+def settle(keeps: bool, settings: dict[str, Any], own: Mapping[str, Any]) -> int:
+    """
+    Refuse what cannot work, and give the *settings* of a pool the form that psycopg_pool takes.
+
+    Args:
+        keeps: False for a null pool.
+        settings: Those of psycopg_pool that a pool keeps.
+        own: The others.
+
+    Returns:
+        How many connections the pool may have.
+    """
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: own[name] if name in own else settings[name] for name in names}
+
+    require_callable(**given("configure", "check", "reconnect_failed"))
+    if own["reset"] != "discard":
+        require_callable(**given("reset"))
+    require_number(**given("timeout", "max_lifetime", "max_idle", "reconnect_timeout"))
+    if own["leak_threshold"] is not None:
+        require_number(**given("leak_threshold"))
+    min_size, most = settings["min_size"], settings["max_size"]
+    if keeps:
+        require_sizes(min_size, most)
+    else:
+        most = null_size(min_size, most)
+    require_integer(
+        max_waiting=(settings["max_waiting"], 0), num_workers=(settings["num_workers"], 1)
+    )
+    require_text(**given("name", "application_name"))
+    require_flag(**given("close_returns"))
+    settings["connection_class"] = _user_class(settings["connection_class"])
+    settings["conninfo"] = _conninfo_of(settings["conninfo"])
+    settings["kwargs"] = _kwargs_of(settings["kwargs"])
+    return cast(int, most)
+
+
+def _user_class(given: object) -> type[AsyncConnection[Any]]:
     # A generic alias (AsyncConnection[DictRow]) is how psycopg's docs type the rows.
     user_class = AsyncConnection if given is None else get_origin(given) or given
     if not (isinstance(user_class, type) and issubclass(user_class, AsyncConnection)):
@@ -81,7 +123,7 @@ def connection_class(given: object) -> type[AsyncConnection[Any]]:
     return user_class  # pyright: ignore[reportUnknownVariableType] - rows of any kind
 
 
-def conninfo(given: Any) -> Any:
+def _conninfo_of(given: Any) -> Any:
     """Return what libpq takes, or the function that it comes from."""
     if isinstance(given, str):
         return _conninfo.normalise(given)
@@ -90,13 +132,13 @@ def conninfo(given: Any) -> Any:
     return given
 
 
-def settled(kwargs: object) -> dict[str, Any]:
-    """Return what is known of *kwargs* before the first connection."""
-    if kwargs is None or callable(kwargs):
-        return {}
-    if not isinstance(kwargs, Mapping):
-        raise bad("kwargs", type(kwargs), "a dict, a function that returns one, or None")
-    return dict(cast("Mapping[str, Any]", kwargs))
+def _kwargs_of(given: Any) -> Any:
+    """Return a copy, or the function that they come from."""
+    if given is None or callable(given):
+        return given or {}
+    if not isinstance(given, Mapping):
+        raise bad("kwargs", cast(Any, type(given)), "a dict, a function that returns one, or None")
+    return dict(cast("Mapping[str, Any]", given))
 
 
 # Parameters of psycopg's connect() that are not libpq's.
@@ -116,16 +158,19 @@ def refuse_misplaced(arguments: Mapping[str, object]) -> None:
         )
 
 
-def server(
-    conninfo: Any, kwargs: dict[str, ConnParam], user_class: type[AsyncConnection[Any]]
-) -> tuple[str, ...] | None:
+def server(settings: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Check what libpq will be given as far as it is known, and return which server it means."""
+    conninfo = settings["conninfo"]
+    kwargs: Any = settings["kwargs"]
     if not isinstance(conninfo, str):
         return None
-    subclasses = user_class.__mro__[: user_class.__mro__.index(AsyncConnection)]
-    if any("connect" in vars(cls) for cls in subclasses):
-        kwargs = {}  # its own connect() may take anything
-    libpq = {name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS}
+    classes = settings["connection_class"].__mro__
+    own_connect = any("connect" in vars(c) for c in classes[: classes.index(AsyncConnection)])
+    if callable(kwargs) or own_connect:  # which may take anything
+        kwargs = {}
+    libpq: dict[str, Any] = {
+        name: value for name, value in kwargs.items() if name not in _PSYCOPG_PARAMETERS
+    }
     for name in libpq:
         try:
             make_conninfo("", **{name: "1"})

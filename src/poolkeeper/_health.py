@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from . import _cleaning
 from ._attempt import Attempt, Failure, enter
 from ._session import shut_down
-from ._snapshot import PoolSnapshot
 
 
 class Pool(Protocol):
@@ -44,8 +43,8 @@ class Pool(Protocol):
         """Start *work* in a task that `close()` waits for."""
         ...
 
-    def snapshot(self) -> PoolSnapshot:
-        """Return the facts of this moment."""
+    def counts(self) -> dict[str, int]:
+        """Return its numbers."""
         ...
 
 
@@ -170,7 +169,7 @@ class Question:
         self._tell(ok, reason, kind)
 
     def _refused(self, failure: Failure) -> tuple[bool, str, str]:
-        if failure.has_no_slot and self._pool.snapshot().in_use:
+        if failure.has_no_slot and self._pool.counts()["in_use"]:
             full = "the server answered that it has no slot beside the pool's own"
             return True, f"{full}: {failure.words}", full
         return False, failure.words, failure.kind

@@ -29,6 +29,7 @@ from ._cleaning import Cleaner
 from ._clock import LineClock, SlowCallbacks
 from ._counters import Counters
 from ._failover import Failover
+from ._health import Pool as Watched
 from ._health import Question
 from ._line import Line
 from ._moment import Moment
@@ -138,6 +139,7 @@ class Life:
     checks: Checks
     failover: Failover
     storm: Storm
+    watch: Watched
 
     def __init__(self, pool: Pool, binding: LoopBinding, tasks: Tasks) -> None:
         options = pool._options

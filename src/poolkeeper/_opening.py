@@ -98,7 +98,7 @@ def _put_together(pool: Pool, binding: LoopBinding) -> Life:
         partial(help_growth, life),
         partial(end_deadlock, life),
     )
-    watch = Watch(life)
+    life.watch = watch = Watch(life)
     life.storm = Storm(watch, loop, life.tasks.context)
     life.connector = Connector(Maker(life), loop)
     life.checks = Checks(watch, life.between)

@@ -89,59 +89,39 @@ class BoundPool(AsyncConnectionPool[ACT]):
         application_name: str | None = None,
         leak_threshold: float | None = None,
     ) -> None:
-        _config.require_callable(
-            configure=configure, check=check, reconnect_failed=reconnect_failed
-        )
-        if reset != "discard":
-            _config.require_callable(reset=reset)
-        _config.require_number(
-            timeout=timeout,
-            max_lifetime=max_lifetime,
-            max_idle=max_idle,
-            reconnect_timeout=reconnect_timeout,
-        )
-        if leak_threshold is not None:
-            _config.require_number(leak_threshold=leak_threshold)
-        if max_size is None:
-            max_size = min_size
-        if self.keeps:
-            _config.require_sizes(min_size, max_size)
-            most = max_size
-        else:
-            most = _config.null_size(min_size, max_size)
-        _config.require_integer(max_waiting=(max_waiting, 0), num_workers=(num_workers, 1))
-        _config.require_text(name=name, application_name=application_name)
-        _config.require_flag(close_returns=close_returns)
-        user_class = _config.connection_class(connection_class)
-        if user_class is not AsyncConnection:
-            _door.require_class(user_class)
-        conninfo = _config.conninfo(conninfo)
-        settled = _config.settled(kwargs)
-        self._server = _config.server(conninfo, settled, user_class)
+        settings: dict[str, Any] = {
+            "conninfo": conninfo,
+            "connection_class": connection_class,
+            "kwargs": kwargs,
+            "min_size": min_size,
+            "max_size": min_size if max_size is None else max_size,
+            "name": name,
+            "close_returns": close_returns,
+            "timeout": timeout,
+            "max_waiting": max_waiting,
+            "max_lifetime": max_lifetime,
+            "max_idle": max_idle,
+            "reconnect_timeout": reconnect_timeout,
+            "reconnect_failed": reconnect_failed,
+            "num_workers": num_workers,
+        }
+        own = {
+            "configure": configure,
+            "check": check,
+            "reset": reset,
+            "application_name": application_name,
+            "leak_threshold": leak_threshold,
+        }
+        most = _config.settle(self.keeps, settings, own)
+        if settings["connection_class"] is not AsyncConnection:
+            _door.require_class(settings["connection_class"])
+        self._server = _config.server(settings)
         """Which server it is for; None if that is not known."""
         if open:
             warn_of_constructor(type(self).__name__)
         # It keeps the settings, and never comes to open anything.
-        super().__init__(
-            conninfo,
-            connection_class=cast("type[ACT]", user_class),
-            kwargs=kwargs if callable(kwargs) else settled,
-            min_size=min_size,
-            max_size=max_size,
-            open=False,
-            name=name,
-            close_returns=close_returns,
-            timeout=timeout,
-            max_waiting=max_waiting,
-            max_lifetime=max_lifetime,
-            max_idle=max_idle,
-            reconnect_timeout=reconnect_timeout,
-            reconnect_failed=cast(Any, reconnect_failed),
-            num_workers=num_workers,
-        )
-        self._options = Options(
-            self.keeps, min_size, most, configure, check, reset, application_name, leak_threshold
-        )
+        super().__init__(open=False, **settings)
+        self._options = Options(self.keeps, min_size, most, **cast("dict[str, Any]", own))
         self._life = NoLife(self.name, self._options)
         if open or open is None:
             _door.open_in_constructor(self, warned=bool(open))
@@ -170,8 +150,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @override
     def max_size(self) -> int:
         """Connections to grow to; 0 for a null pool that makes any number."""
-        number = self._life.max_size
-        return 0 if number == _config.UNLIMITED else number
+        return _config.shown_size(self._life.max_size)
 
     def is_here(self) -> bool:
         """Tell whether the caller runs on the loop, in the process, that opened the pool."""
@@ -218,15 +197,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
     @override
     def get_stats(self) -> dict[str, int]:
         """Return psycopg_pool's statistics, under its keys."""
-        return self._life.counters.read() | self._measures()
+        return self._life.counters.read() | _door.measures(self._life)
 
     @override
     def pop_stats(self) -> dict[str, int]:
         """Return psycopg_pool's statistics and set its counters to zero."""
-        return self._life.counters.pop() | self._measures()
-
-    def _measures(self) -> dict[str, int]:
-        return _door.measures(self._life) | {"pool_max": self.max_size}
+        return self._life.counters.pop() | _door.measures(self._life)
 
     # --- open and close -------------------------------------------------------------------
 
@@ -415,6 +391,9 @@ class BoundNullPool(BoundPool[ACT], AsyncNullConnectionPool[ACT]):  # pyright: i
     Args:
         min_size: 0.
         max_size: How many connections there may be at once; any number if it is 0 or None.
+        reconnect_failed: Has no use here, as in `AsyncNullConnectionPool`: no connection is lost
+            that would be made again.
+        close_returns: Has no use here either.
 
     The others are those of `BoundPool`.
 

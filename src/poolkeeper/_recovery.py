@@ -92,7 +92,7 @@ class Connector:
         self._pool = pool
         self._loop = loop
         self._context = copy_context()  # of open(): see BoundPool.start_own_task()
-        self._wanted = 0
+        self.wanted = 0
         """Connections to make; there may be more attempts than that, some beside others."""
         self._attempts: dict[asyncio.Task[None], Attempt] = {}
         self._given_up: set[asyncio.Task[None]] = set()
@@ -131,11 +131,6 @@ class Connector:
         return None if self.last_failure is None else self.last_failure.error
 
     @property
-    def wanted(self) -> int:
-        """How many connections are to be made, those under way included."""
-        return self._wanted
-
-    @property
     def next_attempt_seconds(self) -> float | None:
         """Seconds until the next probe; None if none is due."""
         if self._timer is None or self.last_failure is None:
@@ -144,7 +139,7 @@ class Connector:
 
     def add(self) -> None:
         """Make one more connection."""
-        self._wanted += 1
+        self.wanted += 1
         self.go_on()
 
     def go_on(self) -> None:
@@ -152,7 +147,7 @@ class Connector:
         if self._stopped or not self._pool.may_start_tasks():
             return
         if self.last_failure is None:
-            while len(self._attempts) < min(self._wanted, self._pool.num_workers):
+            while len(self._attempts) < min(self.wanted, self._pool.num_workers):
                 self._start()
         self._arm()
 
@@ -164,14 +159,10 @@ class Connector:
 
     def claim(self) -> bool:
         """Tell whether a connection that was made is still wanted; it is not, from here on."""
-        if self._wanted <= 0:
+        if self.wanted <= 0:
             return False
-        self._wanted -= 1
+        self.wanted -= 1
         return True
-
-    def unclaim(self) -> None:
-        """Want a connection that was claimed, and lost."""
-        self._wanted += 1
 
     def stop(self) -> list[asyncio.Task[None]]:
         """Give every attempt up; return their tasks, which end on the next turns of the loop."""
@@ -258,7 +249,7 @@ class Connector:
         self._patience = self.PATIENCE
         self._disarm()
         silent = self._silent()
-        for task in silent[max(0, self._wanted - (len(self._attempts) - len(silent))) :]:
+        for task in silent[max(0, self.wanted - (len(self._attempts) - len(silent))) :]:
             self._give_up(task)
 
     def _silent(self) -> list[asyncio.Task[None]]:
@@ -284,7 +275,7 @@ class Connector:
             self._arm(max(0.0, soon))
 
     def _arm(self, delay: float | None = None) -> None:
-        if self._timer is not None or self._stopped or not self._wanted:
+        if self._timer is not None or self._stopped or not self.wanted:
             return
         if delay is None:
             failed = self.last_failure
@@ -303,8 +294,8 @@ class Connector:
             return
         if self.last_failure is not None:
             self._pool.outage_goes_on(monotonic() - self.failing_since)
-            self._wanted -= self._pool.spare_attempts(self._wanted - len(self._attempts))
-        if self._wanted and self._may_start_beside():
+            self.wanted -= self._pool.spare_attempts(self.wanted - len(self._attempts))
+        if self.wanted and self._may_start_beside():
             self._start()
         self.go_on()
 

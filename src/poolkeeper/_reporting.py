@@ -11,6 +11,7 @@ from collections.abc import Container
 from time import monotonic
 
 from . import _diagnosis
+from ._config import shown_size
 from ._life import Life
 from ._moment import Moment, note_held, note_waiting
 from ._no_life import NoLife, State
@@ -60,7 +61,7 @@ def measures(life: Life | NoLife) -> dict[str, int]:
         size, available, waiting = life.total, len(life.idle), len(life.line)
     return {
         "pool_min": life.min_size,
-        "pool_max": life.max_size,
+        "pool_max": shown_size(life.max_size),
         "pool_size": size,
         "pool_available": available,
         "requests_waiting": waiting,

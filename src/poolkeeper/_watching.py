@@ -30,7 +30,7 @@ from ._making import connect_beside
 from ._moment import Moment
 from ._releasing import start_put_back, take_back_unused
 from ._session import Session, retire, shut_down
-from ._snapshot import Health, PoolSnapshot
+from ._snapshot import Health
 from ._stock import drain
 
 IDLE = pq.TransactionStatus.IDLE
@@ -171,10 +171,6 @@ class Watch:
         """Return its numbers."""
         return _reporting.counts(self._life)
 
-    def snapshot(self) -> PoolSnapshot:
-        """Return the facts of this moment."""
-        return _reporting.snapshot(self._life)
-
     def answered_lately(self, seconds: float) -> bool:
         """
         Tell whether the server has answered whoever holds a connection, so long ago at most.
@@ -215,7 +211,7 @@ async def check(pool: Pool, timeout: float) -> Health:
     if reason is None and isinstance(life, Life):
         question = life.question
         if question is None or not question.is_open:
-            question = life.question = Question(Watch(life), question)
+            question = life.question = Question(life.watch, question)
         ok, reason, kind = await question.answer_within(timeout)
         beside = question.beside
     seconds = monotonic() - began

@@ -243,6 +243,16 @@ async def test_a_null_pool_is_back_after_an_outage(dsn: str) -> None:
         proxy.stop()
 
 
+@pytest.mark.parametrize("kind", NULL_POOLS)
+async def test_a_null_pool_takes_two_arguments_for_which_it_has_no_use(kind: Any) -> None:
+    """It loses no connection that is to be made again, and none can be kept by closing it."""
+    told: list[Any] = []
+    pool = kind("", open=False, reconnect_failed=told.append, close_returns=True)
+    await pool.reconnect_failed()
+    assert told == []
+    assert not pool.close_returns
+
+
 @pytest.mark.parametrize("arguments", [{"min_size": 1}, {"max_size": -1}])
 @pytest.mark.parametrize("kind", NULL_POOLS)
 def test_a_null_pool_keeps_none(kind: Any, arguments: Any) -> None:

@@ -487,16 +487,6 @@ async def test_who_waits_already_does_not_wait_long_for_a_reason_that_stays(
     assert server.connector.next_attempt_seconds == Connector.PROBE_IF_PERMANENT_AND_ASKED
 
 
-async def test_a_connection_that_was_claimed_and_lost_is_wanted_again(server: Server) -> None:
-    await server.want(1)
-    assert server.connector.claim()
-    assert server.connector.wanted == 0
-    server.connector.unclaim()
-    assert server.connector.wanted == 1
-    await server.answer()
-    assert server.pool.made == 1
-
-
 # --- cancelled, stopped, abandoned ----------------------------------------------------------------
 
 
