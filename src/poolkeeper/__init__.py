@@ -5,14 +5,18 @@ poolkeeper: keeps psycopg's async connection pool alive, on the right event loop
 from typing import TYPE_CHECKING, Any
 
 from . import _facts
+from ._later import later
 from ._manager import PoolManager
 from ._pool import BoundNullPool, BoundPool
 from .errors import (
     AcquireTimeout,
+    BlockedLoopWarning,
+    CallTimeout,
     ClosedError,
     ConfigError,
     DuplicatePoolWarning,
     LoopMismatchError,
+    LoopPerCallWarning,
     LostWorkError,
     MissingDependencyError,
     NoConnectionError,
@@ -37,9 +41,14 @@ if TYPE_CHECKING:
         PoolSnapshot,
         WaiterRow,
     )
+    from ._per_loop import PoolPerLoop
+    from ._portal import Portal
 else:
+    _ROOMS = {"PoolPerLoop": "._per_loop", "Portal": "._portal"}
 
     def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return later(__name__, _ROOMS[name])(name)
         if name in __all__:
             return getattr(_facts, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -54,8 +63,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AcquireTimeout",
+    "BlockedLoopWarning",
     "BoundNullPool",
     "BoundPool",
+    "CallTimeout",
     "CheckoutRow",
     "ClosedError",
     "ConfigError",
@@ -65,14 +76,17 @@ __all__ = [
     "Health",
     "LoadRow",
     "LoopMismatchError",
+    "LoopPerCallWarning",
     "LostWorkError",
     "MissingDependencyError",
     "NoConnectionError",
     "NotOpenError",
     "OpenError",
     "PoolManager",
+    "PoolPerLoop",
     "PoolSnapshot",
     "PoolkeeperError",
+    "Portal",
     "QueryTimeout",
     "ReleasedConnectionError",
     "SelfDeadlockError",

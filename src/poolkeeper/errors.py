@@ -23,10 +23,13 @@ from . import _facts
 
 __all__ = [
     "AcquireTimeout",
+    "BlockedLoopWarning",
+    "CallTimeout",
     "ClosedError",
     "ConfigError",
     "DuplicatePoolWarning",
     "LoopMismatchError",
+    "LoopPerCallWarning",
     "LostWorkError",
     "MissingDependencyError",
     "NoConnectionError",
@@ -284,6 +287,10 @@ class QueryTimeout(PoolkeeperError, psycopg.errors.QueryCanceled):
     """
 
 
+class CallTimeout(PoolkeeperError, TimeoutError):
+    """A call through a `Portal` has taken longer than its ``timeout``; its task has ended."""
+
+
 class ReleasedConnectionError(PoolkeeperError, psycopg.InterfaceError):
     """A connection, or something made from it, was used or returned after it was given back."""
 
@@ -306,3 +313,11 @@ class UnclosedManagerWarning(ResourceWarning):
 
 class DuplicatePoolWarning(UserWarning):
     """A second pool was opened for the same server, database and user on the same loop."""
+
+
+class BlockedLoopWarning(UserWarning):
+    """A `Portal` was called where an event loop runs, which stood still meanwhile."""
+
+
+class LoopPerCallWarning(UserWarning):
+    """One line of the program runs one event loop after the other, each with a pool of its own."""

@@ -25,16 +25,21 @@ from psycopg.conninfo import make_conninfo
 import poolkeeper
 from poolkeeper import (
     AcquireTimeout,
+    BlockedLoopWarning,
+    CallTimeout,
     ClosedError,
     ConfigError,
     DuplicatePoolWarning,
     LoopMismatchError,
+    LoopPerCallWarning,
     LostWorkError,
     MissingDependencyError,
     NotOpenError,
     OpenError,
     PoolkeeperError,
     PoolManager,
+    PoolPerLoop,
+    Portal,
     QueryTimeout,
     ReleasedConnectionError,
     SelfDeadlockError,
@@ -481,6 +486,58 @@ async def test_unclosed_manager(dsn: str) -> None:
         """
         pool "orders" was never closed; opened at SITE in TASK
         """,
+    )
+
+
+def test_call_timeout(dsn: str) -> None:
+    async def work() -> None:
+        await asyncio.sleep(60)
+
+    portal = Portal(PoolManager(dsn, min_size=1, name="orders"))
+    with portal, pytest.raises(CallTimeout) as caught:
+        portal.run(work, timeout=0.1)
+    assert_text(
+        caught.value,
+        """
+        a call through the portal of pool "orders" took longer than timeout=N s
+        DETAIL:  Called at SITE. The task was cancelled at SITE in FUNCTION, and has ended.
+        HINT:  Look at what it waits for there, or give it more time. What it had committed stays; what it had not is rolled back. See DOCS#call-timeout
+        """,  # noqa: E501
+    )
+
+
+async def test_blocked_loop(dsn: str) -> None:
+    portal = Portal(PoolManager(dsn, min_size=1, name="orders"))
+    with pytest.warns(BlockedLoopWarning) as caught:
+        portal.execute("select 1")
+    portal.close()
+    assert isinstance(caught[-1].message, Warning)
+    assert_text(
+        caught[-1].message,
+        """
+        a call through the portal of pool "orders" blocks the event loop that runs in this thread, and all its tasks: await the manager there, with a pool of its own (PoolPerLoop), or call the portal in a thread (asyncio.to_thread)
+        """,  # noqa: E501
+    )
+
+
+def test_loop_per_call(dsn: str) -> None:
+    pools = PoolPerLoop(lambda: PoolManager(dsn, min_size=1, name="orders"), budget=2)
+
+    async def work() -> None:
+        await (await pools.current()).execute("select 1")
+
+    def run_each() -> None:
+        for _ in range(4):
+            asyncio.run(work())
+
+    with pytest.warns(LoopPerCallWarning) as caught:
+        run_each()
+    assert isinstance(caught[0].message, Warning)
+    assert_text(
+        caught[0].message,
+        """
+        SITE has run 3 event loops, one after the other, and each has opened and closed pool "orders": a loop per call costs more than the work. Keep one: asyncio.run() around the whole program, or a Portal
+        """,  # noqa: E501
     )
 
 

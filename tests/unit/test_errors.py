@@ -20,10 +20,13 @@ from poolkeeper._diagnosis import Diagnosis, diagnose
 from poolkeeper._snapshot import CheckoutRow, LoadRow, PoolSnapshot, WaiterRow
 from poolkeeper.errors import (
     AcquireTimeout,
+    BlockedLoopWarning,
+    CallTimeout,
     ClosedError,
     ConfigError,
     DuplicatePoolWarning,
     LoopMismatchError,
+    LoopPerCallWarning,
     LostWorkError,
     MissingDependencyError,
     NoConnectionError,
@@ -49,11 +52,14 @@ BASES = {
     SelfDeadlockError: (AcquireTimeout,),
     TooManyWaitersError: (NoConnectionError, psycopg_pool.TooManyRequests),
     QueryTimeout: (PoolkeeperError, psycopg.errors.QueryCanceled),
+    CallTimeout: (PoolkeeperError, TimeoutError),
     ReleasedConnectionError: (PoolkeeperError, psycopg.InterfaceError),
     LostWorkError: (PoolkeeperError, psycopg.OperationalError),
     MissingDependencyError: (PoolkeeperError, ImportError),
     UnclosedManagerWarning: (ResourceWarning,),
     DuplicatePoolWarning: (UserWarning,),
+    BlockedLoopWarning: (UserWarning,),
+    LoopPerCallWarning: (UserWarning,),
 }
 
 ERRORS = [cls for cls in BASES if issubclass(cls, PoolkeeperError)]
