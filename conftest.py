@@ -1,8 +1,9 @@
 """
 Options and fixtures of the whole suite.
 
-``--postgres=embedded`` (default) starts a server out of a wheel, ``--postgres=container`` one in
-Docker, anything else is the DSN of a server of yours whose user may create databases and roles.
+The server is that of poolkeeper's own plugin: ``--poolkeeper-server=embedded`` (default) starts
+one out of a wheel, ``--poolkeeper-server=container`` one in Docker, anything else is the DSN of a
+server of yours whose user may create databases and roles.
 Tests marked ``fault`` always use embedded servers of their own: they stop and reconfigure them.
 """
 
@@ -25,10 +26,11 @@ from tests.support.pooler import PGBOUNCER
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, make_roles
 
+pytest_plugins = ["pytest_poolkeeper"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("poolkeeper")
-    group.addoption("--postgres", default="embedded", help="embedded, container or a DSN")
     group.addoption("--loop", default="asyncio", choices=["asyncio", "uvloop"])
     group.addoption(
         "--servers", default="all", choices=["all", "few"], help="web servers to run examples on"
@@ -53,13 +55,13 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 def pytest_report_header(config: pytest.Config) -> str:
     debug = "on" if os.environ.get("PYTHONASYNCIODEBUG") else "off"
     return (
-        f"poolkeeper: postgres={_postgres(config)}, loop={config.getoption('--loop')},"
+        f"poolkeeper: postgres={_server(config)}, loop={config.getoption('--loop')},"
         f" asyncio debug {debug}, pgbouncer={PGBOUNCER or 'not installed: its tests are left out'}"
     )
 
 
-def _postgres(config: pytest.Config) -> str:
-    chosen = config.getoption("--postgres")
+def _server(config: pytest.Config) -> str:
+    chosen = config.getoption("--poolkeeper-server") or "embedded"
     return chosen if chosen in ("embedded", "container") else "dsn"
 
 
@@ -70,28 +72,9 @@ def loop_name(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def dsn(pytestconfig: pytest.Config) -> Iterator[str]:
+def dsn(poolkeeper_dsn: str) -> str:
     """A server that tests share: no test stops it, or leaves anything in it."""
-    chosen = pytestconfig.getoption("--postgres")
-    if chosen == "embedded":
-        with EmbeddedServer({"max_connections": 200}) as server:
-            yield server.dsn()
-    elif chosen == "container":
-        yield from _container()
-    else:
-        yield chosen
-
-
-def _container() -> Iterator[str]:
-    import docker
-    from testcontainers.postgres import PostgresContainer
-
-    try:
-        container = PostgresContainer("postgres:17", driver=None)
-    except docker.errors.DockerException as ex:
-        pytest.skip(f"--postgres=container: there is no Docker here: {ex}")
-    with container as server:
-        yield server.get_connection_url()
+    return poolkeeper_dsn
 
 
 _numbers = itertools.count()

@@ -36,11 +36,14 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
     return email.message_from_bytes(wheel.read(name))
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_the_package_and_its_pytest_plugin_alone(
+    wheel: zipfile.ZipFile,
+) -> None:
     source = ROOT / "src"
     expected = {
         path.relative_to(source).as_posix()
-        for path in (source / "poolkeeper").rglob("*")
+        for package in ("poolkeeper", "pytest_poolkeeper")
+        for path in (source / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     pages = {f"poolkeeper/_pages/{page}.md" for page in PAGES}

@@ -11,12 +11,16 @@ async def db():
 
 from ._errors import LeftBehindError, OwnershipError, SandboxError
 from ._sandbox import Sandbox, outside, sandbox
+from ._servers import EmbeddedServer, Template, server
 
 __all__ = [
+    "EmbeddedServer",
     "LeftBehindError",
     "OwnershipError",
     "Sandbox",
     "SandboxError",
+    "Template",
     "outside",
     "sandbox",
+    "server",
 ]

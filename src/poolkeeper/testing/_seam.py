@@ -17,10 +17,11 @@ from typing import Any, cast
 
 from poolkeeper import BoundPool
 from poolkeeper._acquiring import take, wait_for_connection
+from poolkeeper._binding import _bindings
 from poolkeeper._checkouts import Checkout as Checkout
 from poolkeeper._life import Life
 from poolkeeper._life import StandIn as StandIn
-from poolkeeper._where import program_frame as program_frame
+from poolkeeper._where import _loop_numbers, is_library, program_frame, site, where_now
 
 from ._handles import Exchange, HandleLock, Sandboxed
 
@@ -124,3 +125,40 @@ class Base:
                     await self.conn.rollback()
         finally:
             await pool.putconn(self.conn)
+
+
+# --- what there is, for who looks at what tests leave behind ------------------------------------
+
+
+def live_pools() -> list[Any]:
+    """Return the pools that are open, on whichever loop, alive or not."""
+    found: list[Any] = []
+    for binding in list(_bindings):
+        pool: Any = binding.pool() if binding.pool is not None else None
+        if pool is not None and not pool._life.ending and pool._life.binding is binding:
+            found.append(pool)
+    return found
+
+
+def loops_with_pools() -> list[asyncio.AbstractEventLoop]:
+    """Return the loops on which a pool was opened, and that are not closed."""
+    return [loop for loop in list(_loop_numbers) if not loop.is_closed()]
+
+
+def where_opened(pool: Any) -> str:
+    """Return where a pool was opened, in words."""
+    return str(pool._life.binding.opened)
+
+
+def checkouts(pool: Any) -> list[Checkout]:
+    """Return who holds a connection of a pool."""
+    return cast("list[Checkout]", pool.checkouts())
+
+
+def line_of_task(task: asyncio.Task[Any]) -> str | None:
+    """Return the line at which a task of the program's own stands; None if it is a library's."""
+    code = getattr(task.get_coro(), "cr_code", None)
+    if code is None or is_library(code):
+        return None
+    now, _ = where_now(task, code)
+    return site(*now) if now is not None else site(code, code.co_firstlineno)

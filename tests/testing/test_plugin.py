@@ -1,0 +1,222 @@
+"""The pytest plugin, as a run of pytest's own has it: servers, databases, what is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import pytest_poolkeeper
+from poolkeeper import ConfigError, MissingDependencyError
+from poolkeeper.testing import LeftBehindError, Template, server
+
+CONFTEST = """
+import pytest
+import pytest_asyncio
+from poolkeeper import PoolManager
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def db(poolkeeper_dsn):
+    async with PoolManager(poolkeeper_dsn, min_size=1, max_size=9, name="wide") as db:
+        db.held = await db.pool.getconn()
+        yield db
+        await db.pool.putconn(db.held)
+
+@pytest.fixture(scope="session")
+def poolkeeper_schema():
+    return "create table things (n int)"
+"""
+
+TESTS = """
+import asyncio
+import pytest
+from poolkeeper import PoolManager
+
+kept = []
+
+async def forever():
+    await asyncio.sleep(1000)
+
+@pytest.mark.asyncio(loop_scope="session")
+class TestOnTheLoopOfTheSession:
+    async def test_nothing(self, db):
+        await db.fetchval("select 1")
+        await asyncio.create_task(asyncio.sleep(0))
+
+    async def test_checkout(self, db):
+        kept.append(await db.pool.getconn())
+
+    async def test_dropped(self, db):
+        await db.pool.getconn()
+        await asyncio.sleep(0.1)
+
+    async def test_transaction(self, db):
+        conn = await db.pool.getconn()
+        await conn.execute("create table if not exists lost (n int)")
+        await db.pool.putconn(conn)
+
+    async def test_task(self, db):
+        kept.append(asyncio.create_task(forever()))
+
+    @pytest.mark.leaves_behind
+    async def test_marked(self, db):
+        kept.append(asyncio.create_task(forever()))
+
+@pytest.fixture
+async def narrow(poolkeeper_dsn):
+    db = PoolManager(poolkeeper_dsn, min_size=1, name="narrow")
+    await db.open()
+    yield db
+    await db.close()
+
+@pytest.fixture
+async def careless(poolkeeper_dsn):
+    db = PoolManager(poolkeeper_dsn, min_size=1, name="careless")
+    await db.open()
+    kept.append(db)
+    yield db
+
+async def test_own_pool(narrow):
+    await narrow.fetchval("select 1")
+
+async def test_manager(poolkeeper_dsn):
+    db = PoolManager(poolkeeper_dsn, min_size=1, name="own")
+    await db.open()
+    kept.append(db)
+
+async def test_careless_fixture(careless):
+    await careless.fetchval("select 1")
+
+async def test_task_on_own_loop(narrow):
+    kept.append(asyncio.create_task(forever()))
+
+async def test_without_a_pool_tasks_are_nobodys_business():
+    kept.append(asyncio.create_task(forever()))
+
+async def test_mismatch(db):
+    await db.fetchval("select 1")
+
+async def test_committed(fresh_database):
+    async with PoolManager(fresh_database, min_size=1) as db:
+        await db.execute("insert into things values (1)")
+        assert await db.fetchval("select count(*) from things") == 1
+
+async def test_committed_again(fresh_database):
+    async with PoolManager(fresh_database, min_size=1) as db:
+        assert await db.fetchval("select count(*) from things") == 0
+"""
+
+LINES = {
+    "test_checkout": r'pool "wide" was not given back: acquired in task ".*" at test_it.py:18 in',
+    "test_dropped": r"Pool \"wide\": a connection was dropped .* test_it.py:21",
+    "test_transaction": r"work that is not committed: rolled back. Acquired .* test_it.py:25",
+    "test_task": r'Task ".*" goes on at test_it.py:9',
+    "test_manager": r'Pool "own" is open: opened at test_it.py:\d+',
+    "test_careless_fixture": r'Pool "careless" is open: opened at test_it.py:\d+',
+    "test_task_on_own_loop": r'Task ".*" goes on at test_it.py:9',
+    "test_mismatch": "asyncio_default_fixture_loop_scope = session and"
+    " asyncio_default_test_loop_scope = session",
+}
+
+
+def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    source = Path(pytest_poolkeeper.__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_poolkeeper"]
+    return subprocess.run(
+        [*command, "-p", "no:ddtrace", "-p", "no:langsmith_plugin", "--tb=short", *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(source), "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(dsn: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pytest says of a suite that leaves things behind."""
+    directory = tmp_path_factory.mktemp("suite")
+    (directory / "conftest.py").write_text(CONFTEST)
+    (directory / "test_it.py").write_text(TESTS)
+    (directory / "pytest.ini").write_text(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+        "filterwarnings = ignore::poolkeeper.errors.DuplicatePoolWarning\n"
+    )
+    return run_pytest(directory, "-rA", f"--poolkeeper-server={dsn}").stdout
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_what_a_test_leaves_behind_fails_it_with_the_line(ran: str, name: str) -> None:
+    outcome = "FAILED" if name == "test_mismatch" else "ERROR"
+    (said,) = re.findall(rf"^{outcome} test_it.py::(?:.*::)?{name}\b", ran, re.MULTILINE)
+    assert said
+    section = re.split(rf"^_+ .*{name}\b.* _+$", ran, maxsplit=1, flags=re.MULTILINE)[1]
+    assert re.search(LINES[name], re.split(r"^_{3,} ", section, flags=re.MULTILINE)[0])
+
+
+def test_whoever_leaves_nothing_behind_passes_and_so_do_those_after_him(ran: str) -> None:
+    failed = set(re.findall(r"^(?:ERROR|FAILED) test_it.py::(?:.*::)?(\w+)", ran, re.MULTILINE))
+    assert failed == set(LINES)
+
+
+def test_the_module_of_the_plugin_loads_nothing_of_poolkeeper_or_psycopg() -> None:
+    source = Path(pytest_poolkeeper.__file__).parents[1]
+    program = (
+        "import sys, pytest; before = set(sys.modules); import pytest_poolkeeper;"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == ["pytest_poolkeeper"]
+
+
+# --- servers and templates ------------------------------------------------------------------------
+
+
+def test_a_server_is_a_dsn_or_one_of_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    with server("postgresql://localhost/x") as dsn:
+        assert dsn == "postgresql://localhost/x"
+    with pytest.raises(ConfigError, match="container"):
+        server("embeded")
+    monkeypatch.setitem(sys.modules, "testcontainers.postgres", None)
+    with pytest.raises(MissingDependencyError, match="testcontainers"), server("container"):
+        pass
+
+
+def test_copies_of_a_template_do_not_know_each_other(dsn: str) -> None:
+    def fill(address: str) -> None:
+        with psycopg.connect(address) as conn:
+            conn.execute("create table things (n int)")
+
+    def insert(address: str) -> Any:
+        with psycopg.connect(address) as conn:
+            conn.execute("insert into things values (1)")
+            return conn.execute("select count(*) from things").fetchone()
+
+    with Template(dsn, fill) as template:
+        with template.copy() as one, template.copy() as two:
+            assert insert(one) == insert(two) == (1,)
+        with pytest.raises(psycopg.OperationalError, match="does not exist"):
+            insert(one)
+        somebody = psycopg.conninfo.make_conninfo(dsn, dbname=template.name)
+        with (
+            psycopg.connect(somebody),
+            pytest.raises(ConfigError, match="somebody is connected"),
+            template.copy(),
+        ):
+            pass
+    with pytest.raises(psycopg.errors.SyntaxError), Template(dsn, "no sql"):
+        pass
+    assert issubclass(LeftBehindError, AssertionError)
