@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from time import monotonic
+from types import coroutine
 from typing import Any, Protocol, TypeAlias, cast
 
 from psycopg import pq
@@ -337,23 +338,10 @@ class Look:
         self.due = min(self._silent_at, self._deadline)
         self._checks.watch(self)
         try:
-            while True:
-                try:
-                    value = yield waits_for
-                except asyncio.CancelledError as ex:
-                    if self._left:
-                        self._leave(work, ex)
-                        raise
-                    self._lose_patience_later()
-                    waits_for = work.throw(ex)
-                except BaseException as ex:
-                    waits_for = work.throw(ex)
-                else:
-                    waits_for = work.send(value)
-        except StopIteration as done:
+            good = yield from _drive(work, waits_for, partial(self._goes, work))
             if self._is_cancelled:
-                raise asyncio.CancelledError from None
-            return cast(bool, done.value)
+                raise asyncio.CancelledError
+            return cast(bool, good)
         except asyncio.CancelledError:
             if self._is_cancelled:
                 raise
@@ -362,6 +350,16 @@ class Look:
             self._task = None
             for _ in range(self._ours):
                 task.uncancel()
+
+    def _goes(self, work: Coroutine[Any, Any, bool], error: BaseException) -> bool:
+        """Tell whether who waits is to go with *error*, and leave the rest to the pool."""
+        if not isinstance(error, asyncio.CancelledError):
+            return False
+        if self._left:
+            self._leave(work, error)
+        else:
+            self._lose_patience_later()
+        return self._left
 
     def is_due(self, now: float) -> None:
         """Do what is to be done by *now*."""
@@ -429,28 +427,28 @@ class Look:
 
 async def _finish(work: Coroutine[Any, Any, bool], cancellation: asyncio.CancelledError) -> None:
     """Do what is left of *work*, which was cancelled."""
-    await _Rest(work, cancellation)
+    try:
+        waits_for = work.throw(cancellation)
+    except StopIteration:
+        return
+    await coroutine(_drive)(work, waits_for)
 
 
-class _Rest:
-    """Awaits what is left of a look."""
-
-    def __init__(
-        self, work: Coroutine[Any, Any, bool], cancellation: asyncio.CancelledError
-    ) -> None:
-        self._work = work
-        self._cancellation = cancellation
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        work = self._work
-        try:
-            waits_for = work.throw(self._cancellation)
-            while True:
-                try:
-                    value = yield waits_for
-                except BaseException as ex:
-                    waits_for = work.throw(ex)
-                else:
-                    waits_for = work.send(value)
-        except StopIteration:
-            pass
+def _drive(
+    work: Coroutine[Any, Any, Any],
+    waits_for: Any,
+    goes: Callable[[BaseException], bool] = lambda _: False,
+) -> Generator[Any, Any, Any]:
+    """Go on with *work*, which waits for something; but not with an error at which one *goes*."""
+    try:
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as ex:
+                if goes(ex):
+                    raise
+                waits_for = work.throw(ex)
+            else:
+                waits_for = work.send(value)
+    except StopIteration as done:
+        return done.value
