@@ -33,7 +33,7 @@ class Pool(Protocol):
         """Its sessions, idle and in use."""
         ...
 
-    def look_at_idle(self) -> None:
+    def look_at_idle(self) -> object:
         """Ask the server on each idle connection; `Failover.accept()` sees the answer."""
         ...
 
@@ -45,7 +45,7 @@ class Pool(Protocol):
         """End a connection that nobody holds."""
         ...
 
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """Replace every connection, those in use when they come back."""
         ...
 
@@ -124,7 +124,7 @@ class Failover:
             return
         if found and self._may_act():
             log("writable_server_found", pool=self._pool.name)
-            await self._pool.drain()
+            self._pool.drain()
 
     def _may_act(self) -> bool:
         now = monotonic()

@@ -135,11 +135,6 @@ class Session:
         """The handle that stands for the session; None if it was dropped."""
         return self._handle()
 
-    @property
-    def template(self) -> dict[str, Any]:
-        """The attributes of every later handle."""
-        return self._fixed
-
     def settle(self, conn: Handle) -> None:
         """
         Remember *conn* as it is: what every later borrower shall find.

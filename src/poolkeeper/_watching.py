@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -27,7 +27,6 @@ from ._health import Question
 from ._life import Life, Pool
 from ._log import log
 from ._making import connect_beside
-from ._moment import Moment
 from ._releasing import start_put_back, take_back_unused
 from ._session import Session, retire, shut_down
 from ._snapshot import Health
@@ -108,20 +107,24 @@ def was_ended(conn: Any) -> bool:
 
 
 class Watch:
-    """What those beneath ask of the house: see `_checking`, `_failover` and `_health`, `Pool`."""
+    """
+    What those beneath ask of the house, which they do not know: see their `Pool`.
+
+    They are `_checking`, `_failover`, `_health` and `_storm`.
+    """
 
     def __init__(self, life: Life) -> None:
         self._life = life
         self.name = life.name
-
-    def start_own_task(
-        self,
-        work: Callable[[], Coroutine[Any, Any, None]],
-        name: str = "release",
-        callers_context: bool = False,
-    ) -> asyncio.Task[None]:
-        """Start *work* in a task that `close()` waits for."""
-        return self._life.tasks.start(work, name, callers_context)
+        self.sessions: Iterable[Session] = life.sessions
+        self.start_own_task = life.tasks.start
+        self.take_back_unused = partial(take_back_unused, life)
+        self.look_at_idle = partial(look_at_idle, life)
+        self.connect_beside = partial(connect_beside, life)
+        self.dismiss = partial(dismiss, life)
+        self.drain = partial(drain, life)
+        self.moment = partial(_reporting.moment, life)
+        self.counts = partial(_reporting.counts, life)
 
     def is_alive(self) -> bool:
         """Tell whether a connection may be handed out."""
@@ -131,45 +134,12 @@ class Watch:
         """Tell whether *conn* is of the kind of server that it was; it is replaced if not."""
         return self._life.failover.accept(conn)
 
-    def take_back_unused(self, conn: Any) -> None:
-        """Give a connection back that nobody has had."""
-        take_back_unused(self._life, conn)
-
     def lose(self, conn: Any) -> None:
         """End a connection that a task of the user's does not let go of, and replace it."""
         session: Session = conn._session
         retire(conn)
         shut_down(session.pgconn)
         lost(self._life, session)
-
-    @property
-    def sessions(self) -> Iterable[Session]:
-        """The sessions of this life."""
-        return self._life.sessions
-
-    def look_at_idle(self) -> None:
-        """Ask the server on each idle connection; keep or replace it when the answer has come."""
-        look_at_idle(self._life)
-
-    async def connect_beside(self) -> Any:
-        """Make a connection that is neither configured nor counted."""
-        return await connect_beside(self._life)
-
-    def dismiss(self, conn: Any) -> object:
-        """End a connection that nobody holds."""
-        return dismiss(self._life, conn)
-
-    async def drain(self) -> None:
-        """Replace every connection, those in use when they come back."""
-        drain(self._life)
-
-    def moment(self) -> Moment:
-        """Return the facts of this moment."""
-        return _reporting.moment(self._life)
-
-    def counts(self) -> dict[str, int]:
-        """Return its numbers."""
-        return _reporting.counts(self._life)
 
     def answered_lately(self, seconds: float) -> bool:
         """
