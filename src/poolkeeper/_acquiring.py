@@ -22,7 +22,7 @@ from . import _reporting
 from ._checkouts import Checkout
 from ._diagnosis import diagnose
 from ._life import Life
-from ._line import Waiter
+from ._line import Place, Waiter
 from ._moment import Moment
 from ._no_life import closed_error
 from ._session import Session
@@ -124,9 +124,26 @@ def _check_out(
 
 
 async def wait_for_connection(
-    life: Life, timeout: float | None, frame: FrameType | Behalf, lineno: int, structured: bool
+    life: Life,
+    timeout: float | None,
+    frame: FrameType | Behalf,
+    lineno: int,
+    structured: bool,
+    shares: bool = False,
+    since: float = 0.0,
 ) -> Any:
-    """Acquire a connection when `take()` had none."""
+    """
+    Acquire a connection when `take()` had none.
+
+    Args:
+        life: The pool's.
+        timeout: Seconds to wait; None for the pool's own.
+        frame: Where it is asked for.
+        lineno: At which line of it.
+        structured: True if a block of the calling task's own will give it back.
+        shares: True if a `Place` will do, which is returned then.
+        since: Since when it has waited, if it was served before, but not well; 0.0 if now.
+    """
     conn: Any
     if life.stand_in is not None:
         conn = await life.stand_in.acquire(timeout, frame, lineno)
@@ -135,10 +152,10 @@ async def wait_for_connection(
         life.counters.requests += 1
     if timeout is None:
         timeout = life.pool.timeout
-    began = monotonic()
+    began = since or monotonic()
     deadline = began + min(LONGEST, timeout)  # it may be infinite, or NaN
     code = frame.f_code
-    joined = 0.0
+    joined = since
     refused = 0
     tries = len(life.idle)
     while True:
@@ -147,7 +164,9 @@ async def wait_for_connection(
         if life.idle and not life.line:
             conn = _take_next(life)
         else:
-            conn = await _wait_in_line(life, timeout, deadline, code, lineno, joined)
+            conn = await _wait_in_line(life, timeout, deadline, code, lineno, joined, shares)
+            if shares and isinstance(conn, Place):
+                return conn
         joined = began
         session: Session = conn._session
         now = monotonic()
@@ -169,7 +188,13 @@ async def wait_for_connection(
 
 
 async def _wait_in_line(
-    life: Life, timeout: float, deadline: float, code: Code, lineno: int, joined: float
+    life: Life,
+    timeout: float,
+    deadline: float,
+    code: Code,
+    lineno: int,
+    joined: float,
+    shares: bool,
 ) -> Any:
     """
     Wait until a connection is handed over.
@@ -181,6 +206,7 @@ async def _wait_in_line(
         code: Where it asks.
         lineno: At which line of it.
         joined: When it joined, if it was handed one that is no good; 0.0 if it joins now.
+        shares: True if a place will do.
     """
     line = life.line
     if life.pool.max_waiting and len(line) >= life.pool.max_waiting and not joined:
@@ -194,6 +220,7 @@ async def _wait_in_line(
         life.counters.count("requests_errors")
         raise _refusal(life, timeout, now - joined if joined else None, code, lineno)
     waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
+    waiter.shares = shares
     if life.ledger.completes_deadlock(waiter.task, line, life.max_size, timeout):
         waiter.suspected = waiter.since
     if joined:
@@ -212,16 +239,27 @@ async def _wait_in_line(
         line.leave(waiter)
         if waiter.was_served():
             # Cancelled in the same turn of the loop in which it was served.
-            life.give(waiter.future.result())
+            _pass_on(life, waiter.future.result())
         life.counters.count("requests_errors")
         raise
     finally:
         life.clock.forget(waiter)
         life.counters.wait_seconds += monotonic() - now
     if life.ending:
-        conn._session.finish()
+        if isinstance(conn, Place):
+            conn.not_taken()
+        else:
+            conn._session.finish()
         raise closed_error(life.name, life.state, life.opened)
     return conn
+
+
+def _pass_on(life: Life, handed: Any) -> None:
+    """Give *handed* to the next, for it came too late."""
+    if isinstance(handed, Place):
+        handed.not_taken()
+    else:
+        life.give(handed)
 
 
 # --- those who are refused ---------------------------------------------------------------------

@@ -57,6 +57,9 @@ def bound_class(
     bound.sets_like_psycopg = _leaves_to_psycopg(
         user_class, "set_autocommit", "_set_autocommit_gen", "autocommit"
     )
+    bound.runs_like_psycopg = bound.sets_like_psycopg and _leaves_to_psycopg(
+        user_class, "wait", "cursor", "execute", "adapters", "_start_query", "_notice_handler"
+    )
     bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
     bound._released_class = derive("Released", ReleasedConnection, bound)
     bound._revoked_class = derive("Revoked", RevokedConnection, bound)

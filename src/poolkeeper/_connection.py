@@ -120,6 +120,9 @@ class BoundConnection(Handle):
     sets_like_psycopg: ClassVar[bool]
     """True if the user's class leaves it to psycopg to switch autocommit on."""
 
+    runs_like_psycopg: ClassVar[bool]
+    """True if the user's class leaves it to psycopg to run a statement."""
+
     @override
     def __init_subclass__(cls) -> None:
         pass  # what the user's class says of its subclasses is not meant for those made here

@@ -474,7 +474,8 @@ def _list(word: str, rows: Iterable[CheckoutRow]) -> str:
     rows = list(rows)
     shown = "; ".join(
         f'task "{row.task}" at {_asker(row)}, held {row.held_seconds:.1f} s, in queries'
-        f" {row.query_seconds:.1f} s, {row.status}{_now(row)} (server process {row.backend_pid})"
+        f" {row.query_seconds:.1f} s, {row.status}{_now(row)}{_behind(row)}"
+        f" (server process {row.backend_pid})"
         for row in rows[:_NAMED]
     )
     more = f"; and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
@@ -487,6 +488,10 @@ def _asker(row: CheckoutRow) -> str:
 
 def _now(row: CheckoutRow) -> str:
     return f", now at {row.awaits}" if row.awaits and not _asker(row).endswith(row.awaits) else ""
+
+
+def _behind(row: CheckoutRow) -> str:
+    return f", {_number(len(row.behind), 'one-shot')} behind it" if row.behind else ""
 
 
 def _number(number: int, noun: str) -> str:

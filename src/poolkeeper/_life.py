@@ -195,6 +195,8 @@ class Life:
         self.leak_timer: asyncio.TimerHandle | None = None
         self.last_moment: Moment | None = None
         self.outage_told = False
+        self.lanes: Any = None
+        """What shares connections between one-shots, once there was one: see `_oneshots`."""
         self.question: Question | None = None
         """The last one that `check()` of the manager has asked."""
 

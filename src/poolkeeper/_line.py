@@ -22,6 +22,16 @@ MOST_GRACE = 1.0
 """Seconds that a waiter is given after its time, and after a stall of the loop, at most."""
 
 
+class Place:
+    """What a waiter that shares may be handed instead of a connection: a place on one."""
+
+    __slots__ = ()
+
+    def not_taken(self) -> None:
+        """Note that the task does not come: it was cancelled in that very turn."""
+        raise NotImplementedError
+
+
 class Waiter:
     """A task still in acquire."""
 
@@ -33,6 +43,7 @@ class Waiter:
         "grace",
         "lineno",
         "seen",
+        "shares",
         "since",
         "suspected",
         "task",
@@ -63,9 +74,11 @@ class Waiter:
         """Since when it may be the one that completed a self-deadlock; 0.0 if it is not."""
         self.code = code
         self.lineno = lineno
+        self.shares = False
+        """True if a `Place` will do."""
 
     def offer(self, conn: Any) -> bool:
-        """Hand *conn* to the task. False if it waits no more."""
+        """Hand *conn*, or a place, to the task. False if it waits no more."""
         if self.future.done():
             return False
         self.future.set_result(conn)
@@ -138,6 +151,19 @@ class Line(OrderedDict["Waiter", None]):
         """Take everybody out, without telling them."""
         super().clear()
         self.tasks.clear()
+
+    def offer_place(self, place: Place) -> bool:
+        """
+        Hand *place* to the one who waited longest, if a place will do.
+
+        False if that one is to have a connection of its own; or if nobody waits.
+        """
+        while self:
+            if not next(iter(self)).shares:
+                return False
+            if self.popleft().offer(place):
+                return True
+        return False
 
     def offer(self, conn: Any) -> bool:
         """Hand *conn* to the one who waited longest. False if nobody waits."""

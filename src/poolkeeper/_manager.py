@@ -9,7 +9,6 @@ handed around before anything is open.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import warnings
 import weakref
@@ -18,25 +17,21 @@ from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias, cast, overload
 
-import psycopg
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
-from typing_extensions import TypeVar, override
+from typing_extensions import TypeVar
 
 from . import _door, _facts
-from ._config import bad, refuse_misplaced, require_number
+from ._config import bad, refuse_misplaced, require_flag, require_number
 from ._no_life import State
 from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function, warn_user
 from .errors import (
     ConfigError,
     DuplicatePoolWarning,
-    PoolkeeperError,
-    QueryTimeout,
     UnclosedManagerWarning,
     briefly,
-    see,
 )
 
 ACT_co = TypeVar(
@@ -103,6 +98,8 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         leak_threshold: Seconds after which a checkout is logged as a suspected leak, with the
             stack of its acquire; None to keep no stacks and suspect nobody. Keeping them costs
             tens of microseconds for each acquire.
+        pipeline: Let statements of several tasks that `execute()`, `fetchone()`, `fetchall()` and
+            `fetchval()` run be under way on one connection.
 
     Raises:
         ConfigError: If a parameter cannot work; names it.
@@ -141,10 +138,13 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         close_timeout: float = 5.0,
         application_name: str | None = None,
         leak_threshold: float | None = None,
+        pipeline: bool = False,
     ) -> None:
         if open:
             raise bad("open", open, "None or False: open it with await manager.open()")
         require_number(open_timeout=open_timeout, close_timeout=close_timeout)
+        require_flag(pipeline=pipeline)
+        self._pipeline = pipeline
         self._open_timeout = open_timeout
         self._close_timeout = close_timeout
         self._pool = BoundPool(
@@ -529,8 +529,9 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
-        return _named("execute", _one_shot(checkout, query, params, None, _rowcount))
+        fetch = _door.ROWCOUNT
+        shot = _door.OneShot(query, params, None, fetch, timeout, query_timeout, sys._getframe(1))
+        return _named("execute", self._way(shot)(self._pool, shot))
 
     @overload
     def fetchone(
@@ -572,8 +573,11 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
-        return _named("fetchone", _one_shot(checkout, query, params, row_factory, _first_row))
+        fetch = _door.FIRST_ROW
+        shot = _door.OneShot(
+            query, params, row_factory, fetch, timeout, query_timeout, sys._getframe(1)
+        )
+        return _named("fetchone", self._way(shot)(self._pool, shot))
 
     @overload
     def fetchall(
@@ -614,8 +618,11 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
-        return _named("fetchall", _one_shot(checkout, query, params, row_factory, _all_rows))
+        fetch = _door.ALL_ROWS
+        shot = _door.OneShot(
+            query, params, row_factory, fetch, timeout, query_timeout, sys._getframe(1)
+        )
+        return _named("fetchall", self._way(shot)(self._pool, shot))
 
     @coroutine_function
     def fetchval(
@@ -634,103 +641,23 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        checkout = self._checkout(timeout, query_timeout, sys._getframe(1))
-        return _named("fetchval", _one_shot(checkout, query, params, scalar_row, _first_row))
-
-    def _checkout(
-        self, timeout: float | None, query_timeout: float | None, frame: FrameType
-    ) -> AbstractAsyncContextManager[Any]:
-        checkout: _door.CheckoutContext[Any] = _door.CheckoutContext(
-            self._pool, timeout, frame, True
+        fetch = _door.FIRST_ROW
+        shot = _door.OneShot(
+            query, params, scalar_row, fetch, timeout, query_timeout, sys._getframe(1)
         )
-        if query_timeout is None:
-            return checkout
-        require_number(query_timeout=query_timeout)
-        return _TimedCheckout(checkout, query_timeout)
+        return _named("fetchval", self._way(shot)(self._pool, shot))
+
+    def _way(self, shot: _door.OneShot) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """Return what runs *shot*, called with the pool and it."""
+        if shot.query_timeout is not None:
+            require_number(query_timeout=shot.query_timeout)
+        return _door.by_lane if self._pipeline else _door.by_cursor
 
 
 def _named(method: str, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
     """Let "coroutine ... was never awaited" name the *method* that was called."""
     cast(Any, coroutine).__qualname__ = f"PoolManager.{method}"
     return coroutine
-
-
-async def _one_shot(
-    checkout: AbstractAsyncContextManager[Any],
-    query: Query,
-    params: Params | None,
-    row_factory: AsyncRowFactory[Any] | None,
-    result: Callable[[AsyncCursor[Any]], Awaitable[T]],
-) -> T:
-    try:
-        async with checkout as conn:
-            if not conn.autocommits():
-                # For this checkout only: what comes back is made as it was.
-                await conn.set_autocommit(True)
-            cursor: AsyncCursor[Any] = (
-                conn.cursor(row_factory=row_factory) if row_factory else conn.cursor()
-            )
-            # psycopg takes a Template only without params, and says so.
-            await cursor.execute(query, params)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-            return await result(cursor)
-    except (PoolkeeperError, psycopg.Error) as ex:
-        raise ex.with_traceback(None)  # noqa: B904 - see briefly()
-
-
-class _TimedCheckout(AbstractAsyncContextManager[Any]):
-    """A checkout that ends by itself: *seconds* after its connection was acquired."""
-
-    def __init__(self, checkout: _door.CheckoutContext[Any], seconds: float) -> None:
-        self._checkout = checkout
-        self._seconds = seconds
-
-    @override
-    async def __aenter__(self) -> Any:
-        self._conn = await self._checkout.__aenter__()
-        self._limit = asyncio.timeout(self._seconds)
-        await self._limit.__aenter__()
-        return self._conn
-
-    @override
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await self._limit.__aexit__(exc_type, exc, traceback)
-        except TimeoutError:
-            error = self._timed_out()
-            await self._checkout.__aexit__(type(error), error, None)
-            raise error from None  # before it is our own cancellation, through all of psycopg
-        await self._checkout.__aexit__(exc_type, exc, traceback)
-
-    def _timed_out(self) -> QueryTimeout:
-        name, checkout = self._conn._binding.name, self._conn._checkout
-        if self._conn.closed:
-            end = "did not stop it within a second, so its connection was closed"
-        else:
-            end = "was asked to stop it, and its connection is still good"
-        return QueryTimeout(
-            f'a statement on pool "{name}" took longer than query_timeout={self._seconds:.2f} s',
-            detail=f"Asked {checkout}. There was a connection; the server {end}.",
-            hint="Look at what the server does meanwhile: EXPLAIN, pg_locks; or give it more time."
-            " What the statement changes may be done all the same, if it was at its end: look"
-            f" before you do it again. {see('query-timeout')}",
-        )
-
-
-async def _rowcount(cursor: AsyncCursor[Any]) -> int:
-    return cursor.rowcount
-
-
-async def _first_row(cursor: AsyncCursor[Any]) -> Any:
-    return await cursor.fetchone() if cursor.description else None
-
-
-async def _all_rows(cursor: AsyncCursor[Any]) -> list[Any]:
-    return await cursor.fetchall() if cursor.description else []
 
 
 def _level(isolation: Isolation | None) -> IsolationLevel | None:

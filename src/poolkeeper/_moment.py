@@ -32,6 +32,16 @@ BAD = pq.ConnStatus.BAD
 Task: TypeAlias = "asyncio.Task[Any]"
 
 
+class Waiting(NamedTuple):
+    """One task in line."""
+
+    task: str
+    of: int
+    code: Code
+    lineno: int
+    since: float
+
+
 class Held(NamedTuple):
     """One connection in use."""
 
@@ -54,16 +64,8 @@ class Held(NamedTuple):
     stack: Any
     awaits: tuple[Code, int] | None
     """What its task stands at."""
-
-
-class Waiting(NamedTuple):
-    """One task in line."""
-
-    task: str
-    of: int
-    code: Code
-    lineno: int
-    since: float
+    behind: list[Waiting]
+    """Whose statements are under way on it as well."""
 
 
 def note_held(
@@ -101,9 +103,20 @@ def note_held(
                 checkout.reported,
                 checkout.stack,
                 awaits,
+                _note_behind(session),
             )
         )
     return held
+
+
+def _note_behind(session: Any) -> list[Waiting]:
+    """Note who waits on a shared connection, but for the first, who counts as its holder."""
+    # What is under way is an exchange of psycopg's mostly.
+    waiting = getattr(getattr(session.handle, "_under_way", None), "waiting", None)
+    return [
+        Waiting(task.get_name() if task else "", id(task), code, lineno, since)
+        for task, code, lineno, since in (waiting()[1:] if waiting is not None else ())
+    ]
 
 
 def note_waiting(waiters: Iterable[Waiter]) -> list[Waiting]:
@@ -187,16 +200,7 @@ class Moment:
             snapshot = self._snapshot = PoolSnapshot(
                 **fields,
                 checkouts=tuple(self._checkout_row(one, holds) for one in self._held),
-                waiters=tuple(
-                    WaiterRow(
-                        task=one.task,
-                        site=site(one.code, one.lineno),
-                        waited_seconds=self.when - one.since,
-                        holds=holds[one.of],
-                        asker=asker(one.code, one.lineno),
-                    )
-                    for one in self._waiting
-                ),
+                waiters=self._waiter_rows(self._waiting, holds),
             )
         if waited is None:
             longest = self.when - self._waiting[0].since if self._waiting else 0.0
@@ -209,6 +213,18 @@ class Moment:
             waited_seconds=longest,
             stalled_seconds=stalled_seconds(self._stalls, self.when - longest, self.when),
             load=load,
+        )
+
+    def _waiter_rows(self, waiting: list[Waiting], holds: Counter[int]) -> tuple[WaiterRow, ...]:
+        return tuple(
+            WaiterRow(
+                task=one.task,
+                site=site(one.code, one.lineno),
+                waited_seconds=self.when - one.since,
+                holds=holds[one.of],
+                asker=asker(one.code, one.lineno),
+            )
+            for one in waiting
         )
 
     def _checkout_row(self, one: Held, holds: Counter[int]) -> CheckoutRow:
@@ -233,6 +249,7 @@ class Moment:
             stack=Checkout.stack_in_words(one.stack),
             asker=asker(one.code, one.lineno),
             awaits=asker(*one.awaits) if one.awaits else "",
+            behind=self._waiter_rows(one.behind, holds),
         )
 
     def account(self, timeout: float, waited: float) -> tuple[str, str, str, Diagnosis]:

@@ -27,14 +27,11 @@ from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, scalar_row
 from typing_extensions import override
 
+from . import _door
 from ._binding import inherited
 from ._calls import Call, PortalFuture, PortalThread
 from ._config import require_callable, require_number
 from ._manager import ACT_co, PoolManager, Row, Row2
-from ._manager import _all_rows as all_rows
-from ._manager import _first_row as first_row
-from ._manager import _one_shot as one_shot
-from ._manager import _rowcount as rowcount
 from ._where import Place, call_site, warn_user
 from .errors import (
     BlockedLoopWarning,
@@ -185,7 +182,9 @@ class Portal(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
-        return self._ask(sys._getframe(1), query, params, None, rowcount, timeout, query_timeout)
+        return self._ask(
+            sys._getframe(1), query, params, None, _door.ROWCOUNT, timeout, query_timeout
+        )
 
     @overload
     def fetchone(
@@ -223,7 +222,7 @@ class Portal(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        return self._ask(frame, query, params, row_factory, first_row, timeout, query_timeout)
+        return self._ask(frame, query, params, row_factory, _door.FIRST_ROW, timeout, query_timeout)
 
     @overload
     def fetchall(
@@ -261,7 +260,7 @@ class Portal(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        return self._ask(frame, query, params, row_factory, all_rows, timeout, query_timeout)
+        return self._ask(frame, query, params, row_factory, _door.ALL_ROWS, timeout, query_timeout)
 
     def fetchval(
         self,
@@ -277,7 +276,7 @@ class Portal(Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         frame = sys._getframe(1)
-        return self._ask(frame, query, params, scalar_row, first_row, timeout, query_timeout)
+        return self._ask(frame, query, params, scalar_row, _door.FIRST_ROW, timeout, query_timeout)
 
     def _ask(
         self,
@@ -285,12 +284,13 @@ class Portal(Generic[ACT_co]):
         query: Query,
         params: Params | None,
         row_factory: AsyncRowFactory[Any] | None,
-        result: Callable[[Any], Awaitable[T]],
+        fetch: _door.Fetch[T],
         timeout: float | None,
         query_timeout: float | None,
     ) -> T:
-        checkout = self._manager._checkout(timeout, query_timeout, frame)
-        call: Call[T] = Call(one_shot, (checkout, query, params, row_factory, result), None, frame)
+        manager = self._manager
+        shot = _door.OneShot(query, params, row_factory, fetch, timeout, query_timeout, frame)
+        call: Call[T] = Call(manager._way(shot), (manager.pool, shot), None, frame)
         error = self._wait_for(call)
         if error is None:
             return call.result

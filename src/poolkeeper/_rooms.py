@@ -15,6 +15,7 @@ from ._checkouts import Checkout as Checkout
 from ._classes import require_class as require_class
 from ._closing import close as close
 from ._life import Life as Life
+from ._oneshots import by_lane as by_lane
 from ._opening import open_in_constructor as open_in_constructor
 from ._opening import open_pool as open_pool
 from ._opening import until_ready as until_ready
@@ -25,6 +26,12 @@ from ._reporting import diagnose as diagnose
 from ._reporting import measures as measures
 from ._reporting import numbers as numbers
 from ._reporting import snapshot as snapshot
+from ._shot import ALL_ROWS as ALL_ROWS
+from ._shot import FIRST_ROW as FIRST_ROW
+from ._shot import ROWCOUNT as ROWCOUNT
+from ._shot import Fetch as Fetch
+from ._shot import OneShot as OneShot
+from ._shot import by_cursor as by_cursor
 from ._stock import drain as drain
 from ._stock import resize as resize
 from ._watching import check as check

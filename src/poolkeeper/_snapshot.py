@@ -61,6 +61,12 @@ class CheckoutRow:
     awaits: str = ""
     """``file:line in function`` of yours that its task stands at now; empty while it runs."""
 
+    behind: tuple[WaiterRow, ...] = ()
+    """
+    Whose one-shots were sent on it behind the one that the server is at, which is this task's;
+    first to be answered first.
+    """
+
     @property
     def used_share(self) -> float:
         """Share of the held time that was spent waiting for the server, 0 to 1."""

@@ -23,7 +23,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import Context
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, pq, waiting
@@ -57,6 +57,22 @@ BUSY = 0.005
 """Seconds after which a task that never has to wait for its socket lets others run."""
 
 
+class Told(Protocol):
+    """What a wire tells that its socket is ready, or gone: a future, or what stands in for one."""
+
+    def done(self) -> bool:
+        """Tell whether it needs no telling any more."""
+        ...
+
+    def set_result(self, ready: int, /) -> None:
+        """Go on: the socket is *ready*."""
+        ...
+
+    def set_exception(self, error: BaseException, /) -> None:
+        """Go on: the connection is closed."""
+        ...
+
+
 class Wire:
     """
     The socket of one session, as the event loop sees it.
@@ -88,20 +104,25 @@ class Wire:
         self.socket = fileno
         self.watched = self.looking = False
         self.asked: int = READ
-        self.waiter: asyncio.Future[int] | None = None
+        self.waiter: Told | None = None
         self.busy_since = 0.0
         self._binding = binding
         self._descriptor = -1
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let *loop*, which is the owner's and runs, watch the socket."""
-        if self._descriptor < 0:
-            self._descriptor = socket.dup(self.socket)
         # Neither does the loop keep the session alive, nor the session the request (by its
         # context) that happened to be the first.
         reference: weakref.ref[Wire] = weakref.ref(self)
-        Context().run(loop.add_reader, self._descriptor, _on_readable, reference)
+        Context().run(loop.add_reader, self.descriptor, _on_readable, reference)
         self.watched = True
+
+    @property
+    def descriptor(self) -> int:
+        """What is watched."""
+        if self._descriptor < 0:
+            self._descriptor = socket.dup(self.socket)
+        return self._descriptor
 
     def look_later(self, loop: asyncio.AbstractEventLoop) -> None:
         """
@@ -152,9 +173,7 @@ class Wire:
             if state & READ and not self.watched:
                 self.watch(loop)
             if state & WRITE:
-                if self._descriptor < 0:
-                    self._descriptor = socket.dup(self.socket)
-                loop.add_writer(self._descriptor, _wake, waiter, WRITABLE)
+                loop.add_writer(self.descriptor, _wake, waiter, WRITABLE)
             return await waiter
         finally:
             self.waiter = None
@@ -319,7 +338,7 @@ class WaitingConnection(AsyncConnection[Any]):
             return done.value  # type: ignore[no-any-return]
         except asyncio.CancelledError:
             if pgconn.transaction_status == ACTIVE or pgconn.pipeline_status != NO_PIPELINE:
-                await in_own_task(_Stop(self, gen, state).run())
+                await in_own_task(_StopExchange(self, gen, state).run())
             raise
         except OSError as ex:
             raise _closed() from ex
@@ -384,9 +403,9 @@ class Patience:
             task.cancel()
 
 
-class _Stop:
+class Stop:
     """
-    The rest of an exchange that was cancelled: ask the server to stop it, and read its end.
+    The rest of what was cancelled: ask the server to stop it, and read its end.
 
     psycopg asks once, which the server forgets if it comes before the query does, and gives it
     5 s to take the request and 5 s to obey (3.3.9). Whoever has cancelled waits for neither where
@@ -394,11 +413,9 @@ class _Stop:
     take a request, and as much again after that: one that does is there, and only slow.
     """
 
-    def __init__(self, conn: Any, gen: PQGen[Any], state: int | None) -> None:
+    def __init__(self, conn: Any) -> None:
         self._conn = conn
         self._session = conn._session
-        self._gen = gen
-        self._state = state
         self._patience = Patience()
         self._over = False
         self._on_its_way = False  # a request
@@ -425,24 +442,8 @@ class _Stop:
                 self._session.finish()
 
     async def _read(self) -> bool:
-        """Read what the server sends, and tell whether the exchange has ended."""
-        gen, state, patience = self._gen, self._state, self._patience
-        if state is None:  # it never had to wait, but is a part of what goes on: a COPY
-            await asyncio.sleep(0)  # one request is on its way then
-            return True
-        pgconn, wire = self._session.pgconn, self._session.wire
-        try:
-            while patience:
-                began = monotonic()
-                ready = await wire.ready(state, TICK)
-                patience.count(monotonic() - began)
-                if pgconn.pgconn_ptr is None:
-                    return True
-                if ready:
-                    state = gen.send(ready)
-        except Exception:
-            return True  # by an error, maybe: nobody is there any more to be told
-        return False
+        """Read what the server sends, and tell whether it has ended."""
+        raise NotImplementedError
 
     async def _keep_asking(self) -> None:
         pause = 0.01
@@ -465,3 +466,40 @@ class _Stop:
             # Where it takes long, many ask: no need to ask more often than they are heard.
             await asyncio.sleep(max(pause, min(monotonic() - began, TICK)))
             pause = min(2 * pause, 2 * TICK)
+
+
+class _StopExchange(Stop):
+    """
+    Stops an exchange of psycopg's.
+
+    Args:
+        conn: The connection.
+        gen: What is left of the exchange.
+        state: For what it waits; None if it never had to.
+    """
+
+    def __init__(self, conn: Any, gen: PQGen[Any], state: int | None) -> None:
+        super().__init__(conn)
+        self._gen = gen
+        self._state = state
+
+    @override
+    async def _read(self) -> bool:
+        """Read what the server sends, and tell whether the exchange has ended."""
+        gen, state, patience = self._gen, self._state, self._patience
+        if state is None:  # it never had to wait, but is a part of what goes on: a COPY
+            await asyncio.sleep(0)  # one request is on its way then
+            return True
+        pgconn, wire = self._session.pgconn, self._session.wire
+        try:
+            while patience:
+                began = monotonic()
+                ready = await wire.ready(state, TICK)
+                patience.count(monotonic() - began)
+                if pgconn.pgconn_ptr is None:
+                    return True
+                if ready:
+                    state = gen.send(ready)
+        except Exception:
+            return True  # by an error, maybe: nobody is there any more to be told
+        return False

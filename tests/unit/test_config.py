@@ -66,7 +66,7 @@ BAD: list[tuple[str, Any]] = [
     *[("reconnect_failed", value) for value in ("give up", 1)],
     *[("name", value) for value in (1, b"orders", ["orders"])],
     *[("application_name", value) for value in (1, b"orders")],
-    *[("close_returns", value) for value in ("no", 1, None)],
+    *[(name, value) for name in ("close_returns", "pipeline") for value in ("no", 1, None)],
     *[
         ("connection_class", value)
         for value in (psycopg.Connection, int, list[int], "AsyncConnection", 1, callback)

@@ -1,0 +1,488 @@
+"""
+One connection on which the one-shots of several tasks are under way.
+
+A `Lane` is a checkout like any other: acquired by the one-shot that opens it, and given back when
+the last answer was fetched. Meanwhile it is in libpq's pipeline mode, and each statement has a
+sync of its own: so each is a transaction of its own, and an error stays alone.
+
+What each task does itself, in its own context: convert its parameters, send, and make its rows.
+What comes back is read in a callback of the event loop, by whoever's turn it is, and handed to the
+task that has asked. The answers come in the order of the statements, so no answer can reach
+a stranger: a task that does not wait any more leaves its place in the row, and what comes for it
+is dropped.
+
+Only plain reads share a lane (see `_statements`). When the one at its head takes long, those
+behind it are sent again elsewhere: what the lane answers them later is dropped.
+"""
+# A statement is converted, sent and read with what psycopg's cursors use.
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from contextvars import Context
+from time import monotonic
+from typing import Any, Protocol
+
+import psycopg
+from psycopg import capabilities, pq
+from psycopg._preparing import Prepare, PrepareManager
+from psycopg._queries import PostgresQuery
+from psycopg.adapt import Transformer
+from typing_extensions import override
+
+from ._asked import MAKERS, Asked
+from ._checkouts import Checkout
+from ._life import Life
+from ._line import Place
+from ._releasing import release
+from ._session import Session
+from ._waiting import Stop, Wire, in_own_task
+from ._where import Code
+
+TEXT = pq.Format.TEXT
+BAD = pq.ConnStatus.BAD
+COMMAND_OK = pq.ExecStatus.COMMAND_OK
+FATAL = pq.ExecStatus.FATAL_ERROR
+TUPLES_OK = pq.ExecStatus.TUPLES_OK
+SYNC = pq.ExecStatus.PIPELINE_SYNC
+
+DEPTH = 16
+"""How many may be under way on one connection."""
+
+TURN = 0.1
+"""Seconds after which a lane takes nothing more, and its connection is given back."""
+
+LONG = 0.002
+"""Seconds after which nothing more is sent behind a statement."""
+
+LARGE = 8192
+"""Bytes of parameters that are sent behind nobody."""
+
+
+class Room(Protocol):
+    """What a lane tells the room that it is in."""
+
+    life: Life
+    loop: asyncio.AbstractEventLoop
+
+    def lane_ended(self, lane: Lane) -> None:
+        """Forget *lane*."""
+        ...
+
+    def lane_has_room(self, lane: Lane) -> None:
+        """Let who waits in line have a place."""
+        ...
+
+
+class Lane(Place):
+    """
+    One connection that one-shots share.
+
+    Stands in for the future that its `Wire` tells that there is something to read.
+
+    Args:
+        room: Where it is.
+        conn: The handle, just acquired.
+        shared: False if it is for one statement.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_loop",
+        "_room",
+        "_stopping",
+        "_writer",
+        "adapters",
+        "checkout",
+        "closed",
+        "conn",
+        "connection",
+        "drained",
+        "head_since",
+        "pgconn",
+        "promised",
+        "session",
+        "shared",
+        "stopped",
+        "transformer",
+        "under_way",
+        "unprepared",
+        "until",
+        "users",
+        "wire",
+    )  # fmt: skip
+
+    def __init__(self, room: Room, conn: Any, shared: bool) -> None:
+        self._room = room
+        self.conn = conn
+        self.session: Session = conn._session
+        self.checkout: Checkout = conn._checkout
+        self.pgconn: Any = conn.pgconn
+        self.wire: Wire = self.session.wire
+        self._loop = room.loop
+        # What a Transformer asks of whom it is for.
+        self.adapters, self.connection = conn._adapters, conn
+        self.transformer: Any = None
+        self.shared = shared
+        self.closed = not shared
+        self.users = self.promised = 0
+        """Tasks that wait here, or fetch their answer; that were told to come."""
+        self.under_way: deque[Asked] = deque()
+        """What is under way, in the order of the answers."""
+        self.head_since = 0.0
+        """Since when the first of them is the first."""
+        self.until = min(self.checkout.since + TURN, self.session.expires_at)
+        self.drained: asyncio.Future[None] | None = None
+        self.unprepared: set[bytes] = set()
+        """Names that could not be prepared, on which those behind may have relied."""
+        self._stopping = self.stopped = False
+        """True while what runs is being stopped; once that was begun."""
+        self._writer = -1
+        self.pgconn.enter_pipeline_mode()
+
+    # --- who may come -----------------------------------------------------------------------
+
+    def takes_more(self, now: float) -> bool:
+        """Tell whether one more statement may be sent."""
+        under_way = self.under_way
+        return (
+            not self.closed
+            and len(under_way) + self.promised < DEPTH
+            and now < self.until
+            and (not under_way or now - self.head_since < LONG)
+        )
+
+    def waiting(self) -> list[tuple[asyncio.Task[Any] | None, Code, int, float]]:
+        """Return for whom what is under way, from which line and since when."""
+        return [
+            (one.task, one.code, one.lineno, one.since)
+            for one in list(self.under_way)
+            if not one.left
+        ]
+
+    @override
+    def not_taken(self) -> None:
+        self.promised -= 1
+        self._look_for_users()
+
+    # --- sending ------------------------------------------------------------------------------
+
+    def send(self, asked: Asked, query: Any, params: Any, factory: Any) -> bool:
+        """
+        Convert and send a statement; False if it is too large to be sent behind others.
+
+        Raises:
+            psycopg.Error, or what the user's dumpers raise: It cannot be converted.
+        """
+        conn, pgconn = self.conn, self.pgconn
+        asked.make_row = make_row = MAKERS.get(factory or conn.row_factory)
+        if make_row is not None:  # it takes no cursor, which costs as much as all the rest
+            asked.transformer = transformer = self.transformer
+            if transformer is None:
+                asked.transformer = transformer = self.transformer = Transformer(self)
+            converted = PostgresQuery(transformer)
+        else:
+            asked.cursor = cursor = conn.cursor(row_factory=factory) if factory else conn.cursor()
+            cursor._tx = Transformer(cursor)
+            converted = cursor._query = PostgresQuery(cursor._tx)
+        converted.convert(query, params)
+        values = converted.params
+        if values and sum([len(value) for value in values if value is not None]) > LARGE:
+            if self.under_way:
+                return False
+            self.closed = True
+        prepared = conn._prepared
+        if prepared._to_flush:
+            self._deallocate(prepared)
+        prepare, name = prepared.get(converted)
+        if prepare is Prepare.NO:
+            pgconn.send_query_params(
+                converted.query, values,
+                param_types=converted.types, param_formats=converted.formats, result_format=TEXT,
+            )  # fmt: skip
+        else:
+            self._send_prepared(asked, converted, prepare, name)
+        if (key := prepared.maybe_add_to_cache(converted, prepare, name)) is not None:
+            asked.entry = (key, prepare, name)
+        self._sync(asked)
+        return True
+
+    def _send_prepared(self, asked: Asked, converted: Any, prepare: Prepare, name: bytes) -> None:
+        asked.name = name
+        if prepare is Prepare.SHOULD:
+            self.pgconn.send_prepare(name, converted.query, param_types=converted.types)
+            asked.prepares = True
+            asked.entry = (PrepareManager.key(converted), prepare, name)
+        try:
+            self.pgconn.send_query_prepared(
+                name, converted.params, param_formats=converted.formats, result_format=TEXT
+            )
+        except BaseException:
+            if asked.prepares:  # what was sent has an end
+                asked.left = True
+                self._sync(asked)
+            raise
+
+    def _deallocate(self, prepared: PrepareManager) -> None:
+        """Let the server forget what psycopg has forgotten, before anything new is prepared."""
+        while prepared._to_flush:
+            name = prepared._to_flush.popleft()
+            # As psycopg does: PgBouncer takes this one, but no DEALLOCATE of one name.
+            if name is not None and capabilities.has_send_close_prepared():
+                self.pgconn.send_close_prepared(name)
+            else:
+                what = b"ALL" if name is None else name
+                self.pgconn.send_query_params(b"DEALLOCATE " + what, None)
+            asked = Asked(None, Lane.__init__.__code__, 0)
+            asked.left = True
+            self._sync(asked)
+
+    def _sync(self, asked: Asked) -> None:
+        """End what was sent for *asked*, and see that its answer is read."""
+        asked.since = now = monotonic()
+        asked.done = self._loop.create_future()
+        if not self.under_way:
+            self.head_since = self.checkout.busy_since = now
+            self._served(asked)
+            self.conn._under_way = self
+            self._watch()
+        self.under_way.append(asked)
+        self.pgconn.pipeline_sync()
+        if self.pgconn.flush():
+            self._flush()
+
+    def _served(self, asked: Asked) -> None:
+        """Let the ledger know for whom the server is at work."""
+        checkout = self.checkout
+        checkout.task, checkout.code, checkout.lineno = asked.task, asked.code, asked.lineno
+
+    def _watch(self) -> None:
+        wire, loop = self.wire, self._loop
+        if wire.socket != self.pgconn.socket:
+            wire.let_go()
+            wire.socket = self.pgconn.socket
+        wire.waiter = self
+        if not wire.watched:
+            wire.watch(loop)
+        if not wire.looking:
+            wire.look_later(loop)
+
+    def _flush(self) -> None:
+        """Send what there is, as far as the socket takes it, and the rest when it does."""
+        try:
+            pending = self.pgconn.flush()
+        except psycopg.Error:
+            pending = 0  # to read tells why
+        if not pending:
+            self._stop_writing()
+        elif self._writer < 0:
+            self._writer = self.wire.descriptor
+            Context().run(self._loop.add_writer, self._writer, self._flush)
+
+    def _stop_writing(self) -> None:
+        if self._writer >= 0:
+            descriptor, self._writer = self._writer, -1
+            self._loop.remove_writer(descriptor)
+
+    # --- receiving: what the wire asks of a future ------------------------------------------------
+
+    def done(self) -> bool:
+        """Return False: as long as something is under way there is something to read."""
+        return False
+
+    def set_result(self, _ready: int) -> None:
+        """Read what has come."""
+        if not self.wire.watched:  # it has told of an error, or by a look
+            self.wire.watch(self._loop)
+        self.read()
+
+    def set_exception(self, error: BaseException) -> None:
+        """Note that the connection is gone."""
+        self._fail(error)
+
+    def read(self) -> None:
+        """Read what has come, and wake those whom it is for."""
+        pgconn, under_way = self.pgconn, self.under_way
+        answered = len(under_way)
+        try:
+            pgconn.consume_input()
+            while under_way and not pgconn.is_busy():
+                result = pgconn.get_result()
+                if result is None:
+                    if pgconn.status == BAD:
+                        break
+                elif result.status == SYNC:
+                    self._answer(under_way.popleft())
+                else:
+                    under_way[0].results.append(result)
+            while notify := pgconn.notifies():
+                pgconn.notify_handler(notify)
+        except psycopg.Error as ex:
+            self._fail(ex)
+            return
+        if under_way and pgconn.status == BAD:
+            self._fail(psycopg.OperationalError("the connection is lost"))
+        elif len(under_way) < answered:
+            self._went_on()
+
+    def _went_on(self) -> None:
+        """Note that some were answered."""
+        checkout = self.checkout
+        now = self.head_since = self.session.heard_at = checkout.changed_at = monotonic()
+        checkout.used = True
+        checkout.busy_seconds += now - checkout.busy_since
+        checkout.busy_since = now
+        if self.under_way:
+            self._served(self.under_way[0])
+        else:
+            self._idle()
+        if self._room.life.line:
+            self._room.lane_has_room(self)
+        self._look_for_users()
+
+    def _idle(self) -> None:
+        self.checkout.busy_since = 0.0
+        self.conn._under_way = None
+        self.wire.waiter = None
+        if self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
+
+    def _answer(self, asked: Asked) -> None:
+        results = asked.results
+        if asked.prepares and len(results) > 1:
+            if results[0].status == COMMAND_OK:
+                del results[0]  # of the preparation
+            else:
+                self.unprepared.add(asked.name)
+        elif asked.name in self.unprepared:
+            asked.moved = True  # it relied on the one before it
+        if asked.entry is not None:
+            self._validate(asked)
+        self._wake(asked)
+
+    def _validate(self, asked: Asked) -> None:
+        """Let psycopg know whether what it has prepared, or counted, has worked."""
+        key, prepare, name = asked.entry
+        prepared: PrepareManager = self.conn._prepared
+        if prepared._names.get(key, name) == name:
+            prepared.validate(key, prepare, name, asked.results)
+
+    def _wake(self, asked: Asked) -> None:
+        if (done := asked.done) is not None and not done.done():
+            done.set_result(None)
+
+    async def cancelled(self, asked: Asked) -> None:
+        """
+        Note that the task of *asked* was cancelled: the answer is nobody's.
+
+        If nobody waits for anything here, the server is asked to stop what runs, and that is waited
+        for.
+        """
+        asked.left = True
+        if self.nobody_waits:
+            await in_own_task(self.stop())
+
+    # --- what goes wrong ------------------------------------------------------------------------
+
+    def move_others(self) -> None:
+        """Send those behind the head elsewhere, for it takes long; take nobody more."""
+        self.closed = True
+        for asked in list(self.under_way)[1:]:
+            if not asked.left:
+                asked.left = asked.moved = True
+                self._wake(asked)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the one at the head that the connection is gone; the others are sent elsewhere."""
+        self.closed = True
+        self._stop_writing()
+        failed = list(self.under_way)
+        self.under_way.clear()
+        for index, asked in enumerate(failed):
+            if index and self.shared:
+                asked.moved = True
+            elif not any(result.status == FATAL for result in asked.results):
+                asked.error = error
+            self._wake(asked)
+        if failed:
+            self._idle()
+        self.checkout.used = True
+        if self.pgconn.status != BAD or self.checkout.session is None:
+            self.session.finish()
+        self._look_for_users()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def leave(self, asked: Asked) -> None:
+        """Note that the task of *asked* is gone: it has its answer, or does not want it."""
+        asked.left = True
+        self.users -= 1
+        self._look_for_users()
+
+    def _look_for_users(self) -> None:
+        """Give the connection back if nobody needs it; stop what runs if nobody waits for it."""
+        if self.users or self.promised or self._stopping:
+            return
+        if not self.under_way:
+            self._end()
+        elif self.nobody_waits and not all(asked.moved for asked in self.under_way):
+            self.stop_for_nobody()
+
+    @property
+    def nobody_waits(self) -> bool:
+        """True if nobody waits for anything that is under way."""
+        return all(asked.left for asked in self.under_way)
+
+    async def stop(self) -> None:
+        """Ask the server to stop what runs, and read its end; close the connection if it won't."""
+        self.closed = True
+        if not self.under_way or self._stopping:
+            return
+        self._stopping = self.stopped = True
+        try:
+            await _StopLane(self).run()
+        finally:
+            self._stopping = False
+
+    def stop_for_nobody(self) -> None:
+        """Stop what runs in a task of the pool's."""
+        self.closed = True
+        self.users += 1
+        self._room.life.tasks.start(self._stop_for_nobody, "stop")
+
+    async def _stop_for_nobody(self) -> None:
+        try:
+            await self.stop()
+        finally:
+            self.users -= 1
+            self._look_for_users()
+
+    def _end(self) -> None:
+        self._room.lane_ended(self)
+        self.closed = True
+        with suppress(psycopg.Error):
+            self.pgconn.exit_pipeline_mode()
+        if self.checkout.session is None:
+            self.session.finish()  # it was taken away meanwhile
+        release(self._room.life.pool, self.conn, True)
+
+
+class _StopLane(Stop):
+    """Stops what is under way on a lane."""
+
+    def __init__(self, lane: Lane) -> None:
+        super().__init__(lane.conn)
+        self._lane = lane
+
+    @override
+    async def _read(self) -> bool:
+        lane = self._lane
+        while lane.under_way and self._patience:
+            lane.drained = lane._loop.create_future()
+            began = monotonic()
+            await asyncio.wait({lane.drained}, timeout=0.1)
+            self._patience.count(monotonic() - began)
+        return not lane.under_way

@@ -1,0 +1,255 @@
+"""
+One-shots: which way a statement goes that somebody runs by itself.
+
+By psycopg's cursor on a connection of its own; on a `Lane` of its own, which costs less; or on one
+that it shares with others. A one-shot takes an idle connection where there is one, as any acquire
+does. Where none is, a plain read that was quick before is sent behind others like it, if nobody
+stands in the line; else it joins the line, where a place on a lane serves it as well as a
+connection. So the line is what it was: first come, first served. A lane takes nobody more as
+soon as the first in line wants a connection of its own, and gives its own up when it is empty.
+
+While anything is under way a clock looks, each `TICK`. If the server has not answered the one at
+the head of a lane for `SLOW`, its text is remembered, and those behind it are moved: they stand
+in line again, at the place that they would have. The server runs what was sent already, when its
+turn comes, for nobody.
+"""
+# A pool's life, and what it was made with, are not its users'.
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import _get_running_loop
+from contextvars import Context
+from time import monotonic
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, AsyncCursor
+
+from ._acquiring import take, wait_for_connection
+from ._asked import Asked, result_of
+from ._lane import Lane
+from ._life import Life, Pool
+from ._releasing import release
+from ._session import Session
+from ._shot import OneShot, by_cursor, query_timeout
+from ._statements import Texts, Way
+from ._stock import grow
+from .errors import PoolkeeperError
+
+TICK = 0.005
+"""Seconds between two looks at what is under way."""
+
+SLOW = 0.01
+"""Seconds after which a statement is slow."""
+
+MANY = 1000
+"""Rows of an answer that takes its time, however quick the server was."""
+
+_EXECUTE = AsyncCursor.execute
+_CURSOR = AsyncConnection.cursor
+
+
+class Lanes:
+    """
+    The connections that one-shots have, in one life of a pool.
+
+    Args:
+        life: That.
+    """
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+        self.loop = asyncio.get_running_loop()
+        self.texts = Texts()
+        self.refused = not psycopg.capabilities.has_pipeline()
+        """True if connections of this pool are to be used by psycopg's cursors only."""
+        self._shares = life.check is None and life.reset is None
+        """False if each checkout has something of its own that others must not share."""
+        self._all: dict[Lane, None] = {}
+        self._clock: asyncio.TimerHandle | None = None
+
+    @property
+    def serve(self) -> bool:
+        """True if connections may be lanes here and now."""
+        return not self.refused and self.life.stand_in is None
+
+    # --- a place for one ------------------------------------------------------------------------
+
+    def place_now(self, shot: OneShot) -> Lane | None:
+        """Return a lane on which *shot* may be sent at once; None if that takes waiting."""
+        life = self.life
+        shares = shot.shares = self._shares and shot.known.shares
+        if shares and not life.idle and not life.line and (lane := self._with_room()):
+            life.counters.requests += 1
+            lane.users += 1
+            if not life.growing and life.made < life.max_size:
+                grow(life)  # as if it had to wait
+            return lane
+        conn = take(life, shot.frame, shot.lineno, True)
+        return None if conn is None else self._opened(conn, shares)
+
+    async def place(self, shot: OneShot) -> Lane | None:
+        """Wait for one; None if connections of this pool are used by psycopg's cursors."""
+        life = self.life
+        if not self.serve:
+            return None
+        given = await wait_for_connection(
+            life, shot.timeout, shot.frame, shot.lineno, True, shot.shares, shot.since
+        )
+        if isinstance(given, Lane):
+            given.promised -= 1
+            given.users += 1
+            return given
+        return self._opened(given, shot.shares)
+
+    def _with_room(self) -> Lane | None:
+        """Return the lane with room on which the fewest are under way."""
+        now, best, fewest = monotonic(), None, 1_000_000
+        for lane in self._all:
+            if lane.takes_more(now) and (number := len(lane.under_way) + lane.promised) < fewest:
+                best, fewest = lane, number
+        return best
+
+    def _opened(self, conn: Any, shares: bool) -> Lane | None:
+        life = self.life
+        if not _is_plain(conn):
+            self.refused = True
+            life.counters.requests -= 1  # it asks again
+            release(life.pool, conn, False)
+            return None
+        lane = Lane(self, conn, shares)
+        lane.users = 1
+        self._all[lane] = None
+        if self._clock is None:
+            self._start_clock()
+        if shares and life.line:
+            self.lane_has_room(lane)
+        return lane
+
+    def lane_ended(self, lane: Lane) -> None:
+        """Forget *lane*."""
+        self._all.pop(lane, None)
+
+    def lane_has_room(self, lane: Lane) -> None:
+        """Let those who wait in line have the places of *lane*, or it end."""
+        line, now = self.life.line, monotonic()
+        while lane.takes_more(now):
+            lane.promised += 1
+            if not line.offer_place(lane):
+                lane.promised -= 1
+                # Whoever is first wants a connection of his own.
+                lane.closed = bool(line) or lane.closed
+                return
+
+    # --- the clock ------------------------------------------------------------------------------
+
+    def _start_clock(self) -> None:
+        self._clock = self.loop.call_later(TICK, self._tick, context=Context())
+
+    def _tick(self) -> None:
+        self._clock = None
+        if not self._all or self.life.gone:
+            return
+        self._start_clock()
+        late = monotonic() - SLOW
+        for lane in list(self._all):
+            if lane.under_way and lane.head_since < late:
+                # It may be this loop that has stood still.
+                lane.read()
+                if lane.under_way and lane.head_since < late:
+                    _note_slow(lane)
+
+
+def _note_slow(lane: Lane) -> None:
+    head = lane.under_way[0]
+    if head.known is not None:
+        head.known.was_slow()
+        head.known = None
+    if not lane.users:
+        lane.stop_for_nobody()  # what was moved, and is slow itself
+    elif len(lane.under_way) > 1:
+        lane.move_others()
+
+
+def _is_plain(conn: Any) -> bool:
+    """
+    Tell whether *conn* does what psycopg's connections do, and nobody looks at its cursors.
+
+    The agents that make spans do so by a proxy, by a cursor class or by a patch; whoever is told of
+    notices may want to know whose they are.
+    """
+    return (
+        type(conn._session) is Session
+        and conn.runs_like_psycopg
+        and conn.cursor_factory is AsyncCursor
+        and not conn._notice_handlers
+        and not conn._notify_handlers
+        and AsyncCursor.execute is _EXECUTE
+        and AsyncConnection.cursor is _CURSOR
+    )
+
+
+async def by_lane(pool: Pool, shot: OneShot) -> Any:
+    """Run *shot* on a lane if it may be, else by psycopg's cursor."""
+    try:
+        life: Any = pool._life
+        loop = _get_running_loop()
+        if loop is None or loop is not life.binding.admits():
+            life.check_usable("acquire a connection")
+        lanes: Lanes | None = life.lanes
+        if lanes is None:
+            lanes = life.lanes = Lanes(life)
+        shot.known = lanes.texts.known(shot.query)
+        if shot.known.way is not Way.CURSOR and lanes.serve:
+            lane = lanes.place_now(shot) or await lanes.place(shot)
+            while lane is not None:
+                asked = Asked(shot.known, shot.frame.f_code, shot.lineno)
+                try:
+                    if lane.send(asked, shot.query, shot.params, shot.row_factory):
+                        if shot.query_timeout is None:
+                            await asked.done
+                        else:
+                            await _answered_in_time(lane, asked, shot.query_timeout)
+                        if not asked.moved:
+                            return _fetched(shot, lane, asked)
+                        shot.since = asked.since
+                    else:
+                        shot.since, shot.shares = monotonic(), False
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    lane.session.doubt()
+                    raise
+                except asyncio.CancelledError:
+                    await lane.cancelled(asked)
+                    raise
+                finally:
+                    lane.leave(asked)
+                lane = await lanes.place(shot)
+        return await by_cursor(pool, shot)
+    except (PoolkeeperError, psycopg.Error) as ex:
+        raise ex.with_traceback(None)  # noqa: B904 - see briefly()
+
+
+def _fetched(shot: OneShot, lane: Lane, asked: Asked) -> Any:
+    result = result_of(lane.conn, asked)
+    if (known := asked.known) is not None:  # the clock has not seen it
+        if result.ntuples > MANY:
+            known.was_slow()
+        else:
+            known.was_quick()
+    return shot.fetch.at_once(result, asked.transformer, asked.make_row)
+
+
+async def _answered_in_time(lane: Lane, asked: Asked, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            try:
+                await asked.done
+            except asyncio.CancelledError:
+                await lane.cancelled(asked)
+                raise
+    except TimeoutError:
+        raise query_timeout(
+            lane.conn._binding.name, asked.in_words(), seconds, lane.conn.closed, lane.stopped
+        ) from None  # before it is our own cancellation
