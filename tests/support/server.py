@@ -10,7 +10,8 @@ from typing import Any
 
 import psycopg
 
-from poolkeeper._embedded import EmbeddedServer
+from poolkeeper.testing import EmbeddedServer
+from poolkeeper.testing import kill_sessions as kill_sessions
 
 PASSWORD = "s3cret-pw"
 
@@ -30,16 +31,6 @@ def make_roles(server: EmbeddedServer) -> None:
         "create database closed_db allow_connections false",
     ):
         admin(server.dsn(), statement)
-
-
-def kill_sessions(dsn: str, application_name: str) -> int:
-    """End the sessions of one application name, as a server that restarts would."""
-    rows = admin(
-        dsn,
-        "select pg_terminate_backend(pid, 5000) from pg_stat_activity where application_name = %s",
-        (application_name,),
-    )
-    return len(rows)
 
 
 def is_at_work(dsn: str, pid: int) -> bool:

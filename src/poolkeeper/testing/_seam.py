@@ -28,7 +28,7 @@ from ._handles import Exchange, HandleLock, Sandboxed
 
 def life_of(pool: BoundPool[Any]) -> Life:
     """Return the life of a pool that is open here; raise if it is not."""
-    pool._life.check_usable("make a sandbox")
+    pool._life.check_usable("use it in a test")
     return cast(Life, pool._life)
 
 
@@ -143,6 +143,11 @@ def live_pools() -> list[Any]:
 def loops_with_pools() -> list[asyncio.AbstractEventLoop]:
     """Return the loops on which a pool was opened, and that are not closed."""
     return [loop for loop in list(_loop_numbers) if not loop.is_closed()]
+
+
+def idle_pids(pool: Any) -> list[int]:
+    """Return the server processes of the connections that nobody holds."""
+    return [conn.info.backend_pid for conn in life_of(pool).idle]
 
 
 def where_opened(pool: Any) -> str:
