@@ -17,7 +17,7 @@ from functools import wraps
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
 
-from psycopg import AsyncConnection, IsolationLevel, pq
+from psycopg import AsyncConnection, IsolationLevel
 from psycopg.rows import AsyncRowFactory, TupleRow
 from typing_extensions import TypeVar, override
 
@@ -26,6 +26,7 @@ from ._acquiring import take, wait_for_connection
 from ._connection import LEFT_OPEN, RevokedConnection
 from ._life import Life, Pool
 from ._releasing import release
+from ._status import IDLE
 from ._where import Behalf, code_behind
 from .errors import PoolkeeperError
 
@@ -33,8 +34,6 @@ ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRo
 P = ParamSpec("P")
 T = TypeVar("T")
 Returned = TypeVar("Returned")
-
-IDLE = pq.TransactionStatus.IDLE
 
 
 class CheckoutContext(AbstractAsyncContextManager[ACT]):

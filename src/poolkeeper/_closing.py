@@ -16,8 +16,6 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any, cast
 
-from psycopg import pq
-
 from ._binding import beginning, inherited
 from ._ending import at_work, dismiss, end_session, revoke_session
 from ._life import Life
@@ -25,11 +23,10 @@ from ._log import log
 from ._no_life import closed_error
 from ._reporting import moment
 from ._session import Session
+from ._status import ACTIVE
 from ._tasks import forget
 from ._waiting import CANCEL_GRACE
 from ._words import in_words
-
-ACTIVE = pq.TransactionStatus.ACTIVE
 
 
 async def close(life: Life, timeout: float) -> None:

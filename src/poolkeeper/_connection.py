@@ -26,17 +26,14 @@ from typing_extensions import TypeVar, override
 
 from ._binding import LoopBinding
 from ._checkouts import Checkout
-from ._session import BAD, UNKNOWN, Handle, Session, SharedAdapters, shut_down
+from ._session import Handle, Session, SharedAdapters, shut_down
+from ._status import ACTIVE, BAD, IDLE, INERROR, UNKNOWN
 from ._waiting import Patience
 from ._where import Handler, Place
 from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 
 T = TypeVar("T")
 
-IDLE = pq.TransactionStatus.IDLE
-ACTIVE = pq.TransactionStatus.ACTIVE
-INERROR = pq.TransactionStatus.INERROR
-NO_PIPELINE = pq.PipelineStatus.OFF
 
 LEFT_OPEN = 0.2
 """Seconds after which a stream of which nobody asks for the next row is taken for left open."""

@@ -14,21 +14,16 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from psycopg import pq
-
 from . import _compat
 from ._checkouts import Checkout
 from ._connection import BoundConnection, RetiredConnection
 from ._life import Life
 from ._log import log
 from ._session import Session, remains, retire, revoke, shut_down
+from ._status import ACTIVE, BAD, IDLE
 from ._waiting import CANCEL_GRACE
 from ._where import Place
 from ._words import in_words
-
-IDLE = pq.TransactionStatus.IDLE
-ACTIVE = pq.TransactionStatus.ACTIVE
-BAD = pq.ConnStatus.BAD
 
 
 def end_checkout(life: Life, session: Session, checkout: Checkout) -> float:

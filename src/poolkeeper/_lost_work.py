@@ -11,17 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
-from psycopg import pq
 
 from ._checkouts import Checkout
 from ._cleaning import run
 from ._connection import BoundConnection
 from ._log import log
+from ._status import IDLE, INERROR, INTRANS
 from .errors import LostWorkError, see
-
-IDLE = pq.TransactionStatus.IDLE
-INTRANS = pq.TransactionStatus.INTRANS
-INERROR = pq.TransactionStatus.INERROR
 
 
 def raise_if_lost(conn: Any) -> None:

@@ -24,11 +24,10 @@ from ._ending import dismiss, end_session
 from ._life import Life
 from ._log import log
 from ._releasing import called
+from ._status import IDLE
 from ._stock import count_made, in_need
 from ._words import raised_by
 from .errors import AcquireTimeout, ConfigError, see
-
-IDLE = pq.TransactionStatus.IDLE
 
 OF_NULL_POOL = 32
 """How many connections a null pool may make at once, at least."""

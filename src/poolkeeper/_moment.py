@@ -15,19 +15,14 @@ from collections.abc import Container, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-from psycopg import pq
-
 from ._checkouts import Checkout, Load
 from ._clock import stalled_seconds
 from ._diagnosis import Diagnosis, diagnose
 from ._line import Waiter
 from ._snapshot import CheckoutRow, PoolSnapshot, WaiterRow
+from ._status import BAD, IDLE, UNKNOWN
 from ._where import Code, asker, is_library, route_of, site, where_now
 from .errors import see
-
-IDLE = pq.TransactionStatus.IDLE
-UNKNOWN = pq.TransactionStatus.UNKNOWN
-BAD = pq.ConnStatus.BAD
 
 Task: TypeAlias = "asyncio.Task[Any]"
 

@@ -40,18 +40,12 @@ from ._ending import (
 from ._life import Life, Pool, StandIn
 from ._log import log
 from ._session import Session, part_from_pipeline, shut_down
+from ._status import ACTIVE, IDLE, INERROR, INTRANS, NO_PIPELINE, UNKNOWN
 from ._stock import forget, is_surplus
 from ._tasks import set_done
 from ._waiting import CANCEL_GRACE
 from ._words import in_words
 from .errors import ConfigError
-
-IDLE = pq.TransactionStatus.IDLE
-ACTIVE = pq.TransactionStatus.ACTIVE
-INTRANS = pq.TransactionStatus.INTRANS
-INERROR = pq.TransactionStatus.INERROR
-UNKNOWN = pq.TransactionStatus.UNKNOWN
-NO_PIPELINE = pq.PipelineStatus.OFF
 
 
 def release(

@@ -30,10 +30,8 @@ from typing_extensions import override
 
 from ._binding import LoopBinding
 from ._checkouts import Checkout
+from ._status import BAD, UNKNOWN
 from ._waiting import Wire
-
-UNKNOWN = pq.TransactionStatus.UNKNOWN
-BAD = pq.ConnStatus.BAD
 
 H = TypeVar("H", bound="Handle")
 

@@ -19,7 +19,6 @@ from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg import pq
 
 from . import _reporting
 from ._ending import dismiss, lost, replace
@@ -30,12 +29,8 @@ from ._making import connect_beside
 from ._releasing import start_put_back, take_back_unused
 from ._session import Session, retire, shut_down
 from ._snapshot import Health
+from ._status import BAD, IDLE, INERROR, INTRANS
 from ._stock import drain
-
-IDLE = pq.TransactionStatus.IDLE
-INTRANS = pq.TransactionStatus.INTRANS
-INERROR = pq.TransactionStatus.INERROR
-BAD = pq.ConnStatus.BAD
 
 
 async def answers(life: Life, conn: Any, deadline: float) -> bool:
