@@ -125,13 +125,15 @@ LINES = {
 }
 
 
-def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(
+    directory: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     source = Path(pytest_poolkeeper.__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_poolkeeper"]
     return subprocess.run(
         [*command, "-p", "no:ddtrace", "-p", "no:langsmith_plugin", "--tb=short", *arguments],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(source), "COLUMNS": "500"},
+        env={**os.environ, "PYTHONPATH": str(source), "COLUMNS": "500", **variables},
         capture_output=True,
         text=True,
         timeout=100,
