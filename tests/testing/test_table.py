@@ -1,4 +1,4 @@
-"""The page's table of modes and scopes: every cell of it is a test, run by pytest as users run it."""
+"""The page's table of modes and scopes: every cell is a test, run by pytest as users run it."""
 
 from __future__ import annotations
 
