@@ -16,10 +16,10 @@ from asyncio import _get_running_loop, current_task
 from functools import partial
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import _reporting
-from ._checkouts import Checkout
+from ._checkouts import ACQUIRED, Checkout
 from ._diagnosis import diagnose
 from ._life import Life
 from ._line import Place, Waiter
@@ -29,7 +29,13 @@ from ._session import Session
 from ._stock import help_growth
 from ._watching import answers
 from ._where import Behalf, Code, function_of, site
-from .errors import AcquireTimeout, SelfDeadlockError, TooManyWaitersError, see
+from .errors import (
+    AcquireTimeout,
+    PoolkeeperError,
+    SelfDeadlockError,
+    TooManyWaitersError,
+    see,
+)
 
 LONGEST = 1e9
 """Seconds that the longest wait may take: for ever."""
@@ -45,6 +51,12 @@ RESTED = 30.0
 
 TRIED = 0.5
 """Seconds that an acquire without a timeout goes on to try idle ones, if `check` refuses some."""
+
+
+Wait: TypeAlias = tuple[float, bool]
+"""How many seconds an acquire took, and whether it was in line."""
+
+NO_WAIT = 0.0, False
 
 
 def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: bool) -> Any:
@@ -111,16 +123,36 @@ def _check_out(
     lineno: int,
     structured: bool,
     now: float,
+    wait: Wait = NO_WAIT,
 ) -> Any:
     task: Any = current_task()
     checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
     session.checkout = conn._checkout = checkout
     conn._pool = life.pool
-    if life.leak_threshold is None:
+    if life.listeners.quiet:
         life.held[checkout] = None
     else:
-        life.ledger.begins(checkout, frame.f_back if isinstance(frame, Behalf) else frame)
+        _begin_loudly(life, checkout, frame, wait)
     return conn
+
+
+def _begin_loudly(life: Life, checkout: Checkout, frame: FrameType | Behalf, wait: Wait) -> None:
+    """Write a checkout down of which somebody wants to know more; and tell who has subscribed."""
+    stack_of = frame.f_back if isinstance(frame, Behalf) else frame
+    life.ledger.begins(checkout, None if life.leak_threshold is None else stack_of)
+    listeners = life.listeners
+    if listeners.of_checkouts:
+        caller = checkout.caller = listeners.caller(checkout.code, checkout.lineno, frame)
+        checkout.told = ACQUIRED
+        listeners.send(
+            listeners.records.Acquired(
+                pool=life.name,
+                task=checkout.task_name,
+                caller=caller,
+                waited_seconds=wait[0],
+                queued=wait[1],
+            )
+        )
 
 
 async def wait_for_connection(
@@ -153,38 +185,47 @@ async def wait_for_connection(
     if timeout is None:
         timeout = life.pool.timeout
     began = since or monotonic()
-    deadline = began + min(LONGEST, timeout)  # it may be infinite, or NaN
-    code = frame.f_code
-    joined = since
-    refused = 0
-    tries = len(life.idle)
-    while True:
-        if life.ending:
-            life.check_usable("acquire a connection")
-        if life.idle and not life.line:
-            conn = _take_next(life)
-        else:
-            conn = await _wait_in_line(life, timeout, deadline, code, lineno, joined, shares)
-            if shares and isinstance(conn, Place):
-                return conn
-        joined = began
-        session: Session = conn._session
-        now = monotonic()
-        fresh = now - session.heard_at <= FRESH
-        if fresh or session.is_quiet() or await answers(life, conn, deadline):
-            session.heard_at = now
-            check = life.check
-            look = check and life.checks.accepts(check, conn, refused, deadline)
-            if look is None or await look:
-                life.between.end(session)
-                return _check_out(life, conn, session, frame, lineno, structured, now)
-            refused += 1
-            if (now := monotonic()) >= deadline and not (
-                # Each of those that are free now is one that it may have.
-                life.idle and refused < tries and now < began + TRIED
-            ):
-                life.counters.count("requests_errors")
-                raise _refusal(life, timeout, now - began, code, lineno, look.moment)
+    try:
+        deadline = began + min(LONGEST, timeout)  # it may be infinite, or NaN
+        code = frame.f_code
+        joined = since
+        queued = False
+        refused = 0
+        tries = len(life.idle)
+        while True:
+            if life.ending:
+                life.check_usable("acquire a connection")
+            if life.idle and not life.line:
+                conn = _take_next(life)
+            else:
+                conn = await _wait_in_line(life, timeout, deadline, code, lineno, joined, shares)
+                queued = True
+                if shares and isinstance(conn, Place):
+                    _tell_shared(life, monotonic() - began, (code, lineno))
+                    return conn
+            joined = began
+            session: Session = conn._session
+            now = monotonic()
+            fresh = now - session.heard_at <= FRESH
+            if fresh or session.is_quiet() or await answers(life, conn, deadline):
+                session.heard_at = now
+                check = life.check
+                look = check and life.checks.accepts(check, conn, refused, deadline)
+                if look is None or await look:
+                    life.between.end(session)
+                    wait = monotonic() - began, queued
+                    return _check_out(life, conn, session, frame, lineno, structured, now, wait)
+                refused += 1
+                if (now := monotonic()) >= deadline and not (
+                    # Each of those that are free now is one that it may have.
+                    life.idle and refused < tries and now < began + TRIED
+                ):
+                    life.counters.count("requests_errors")
+                    raise _refusal(life, timeout, now - began, code, lineno, look.moment)
+    except BaseException as ex:
+        if life.listeners.want_failures:
+            _tell_in_vain(life, ex, timeout, monotonic() - began, (frame.f_code, lineno))
+        raise
 
 
 async def _wait_in_line(
@@ -229,6 +270,8 @@ async def _wait_in_line(
     else:
         line.append(waiter)
     life.counters.queued += 1
+    if life.listeners.want("queued") and not joined:
+        _tell_queued(life, waiter)
     if not comes_back and (life.made < life.max_size or life.connector.wanted):
         help_growth(life)
     life.clock.watch(waiter)
@@ -363,3 +406,41 @@ def end_deadlock(life: Life, waiter: Waiter) -> None:
         diagnosis=diagnosis,
     )
     waiter.refuse(error)
+
+
+# --- what is told of those who had to wait, or did so in vain ----------------------------------
+
+
+def _tell_queued(life: Life, waiter: Waiter) -> None:
+    at = waiter.code, waiter.lineno
+    life.listeners.tell("queued", at=at, task=_task_name(), waiting=len(life.line))
+
+
+def _tell_shared(life: Life, waited: float, at: tuple[Code, int]) -> None:
+    task = _task_name()
+    life.listeners.tell("gave_up", at=at, task=task, waited_seconds=waited, why="shared")
+
+
+def _tell_in_vain(
+    life: Life, error: BaseException, timeout: float, waited: float, at: tuple[Code, int]
+) -> None:
+    """Tell of an acquire that *error* has ended; in its task."""
+    tell = partial(life.listeners.tell, at=at, task=_task_name())
+    if isinstance(error, TooManyWaitersError):
+        tell("turned_away", waiting=len(life.line))
+    elif not isinstance(error, AcquireTimeout):
+        why = "closed" if isinstance(error, PoolkeeperError) else "cancelled"
+        tell("gave_up", waited_seconds=waited, why=why)
+    elif (diagnosis := error.diagnosis) is not None:
+        tell(
+            "acquire_timeout",
+            waited_seconds=waited,
+            timeout_seconds=timeout,
+            cause=diagnosis.cause,
+            summary=diagnosis.summary,
+        )
+
+
+def _task_name() -> str:
+    task = current_task()
+    return task.get_name() if task else ""

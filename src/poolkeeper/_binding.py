@@ -16,6 +16,7 @@ from asyncio import _get_running_loop
 from collections.abc import Callable
 
 from ._advice import advice, advice_after_fork
+from ._events import Listeners
 from ._where import NO_LOOP, Place, running_loop
 from .errors import LoopMismatchError, see
 
@@ -80,7 +81,9 @@ class LoopBinding:
     loop (its `id()`) may be given to the next one.
     """
 
-    __slots__ = ("__weakref__", "_forked", "admits", "name", "opened", "owner_loop", "pool")
+    __slots__ = (
+        "__weakref__", "_forked", "admits", "listeners", "name", "opened", "owner_loop", "pool",
+    )  # fmt: skip
 
     pool: weakref.ref[object] | None
     """The pool, which a forked child must not finalise."""
@@ -100,6 +103,7 @@ class LoopBinding:
         self.opened = Place.here(site)
         self._forked = False
         self.pool = None
+        self.listeners: Listeners | None = None
         loop = running_loop()
         if loop is None:
             raise LoopMismatchError(
@@ -172,6 +176,9 @@ class LoopBinding:
     def mismatch(self, purpose: str) -> LoopMismatchError:
         """Return the error that says where the pool belongs, where it was used, and what for."""
         used = Place.here()
+        if self.listeners is not None:
+            words = {"opened": str(self.opened), "used": str(used)}
+            self.listeners.tell("loop_mismatch", words, purpose=purpose)
         loop = self.loop
         if self._forked:
             return LoopMismatchError(

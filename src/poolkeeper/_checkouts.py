@@ -40,6 +40,10 @@ Holder: TypeAlias = asyncio.Task[Any] | EndedTask | None
 """Who holds a connection; None once it was given back."""
 
 
+ACQUIRED, SUSPECTED = 1, 2
+"""What may have been told of a checkout, so that its end is to be told as well."""
+
+
 class Checkout:
     """
     One connection held by one task: who, since when, from which line, and how much it was used.
@@ -50,20 +54,24 @@ class Checkout:
     __slots__ = (
         "busy_seconds",
         "busy_since",
+        "caller",
         "changed_at",
         "code",
         "failed_later",
         "left_in",
         "lineno",
         "name",
-        "reported",
         "session",
         "since",
         "stack",
         "structured",
         "task",
+        "told",
         "used",
     )
+
+    caller: Any
+    """Who acquires, as events have it; only if `ACQUIRED` was told."""
 
     def __init__(
         self,
@@ -83,8 +91,8 @@ class Checkout:
         self.since = self.changed_at = since
         self.busy_seconds = self.busy_since = 0.0
         """Seconds spent in queries; when the one that runs now began, 0.0 if none does."""
-        self.used = self.reported = False
-        """True once anything was asked of the server; once it was logged as a suspected leak."""
+        self.used = self.told = 0
+        """How often the server was asked something; what was told of it, `ACQUIRED` and so on."""
         self.left_in = 0
         """libpq's transaction status after the last exchange; 0: nothing can be lost."""
         self.failed_later = False
@@ -92,6 +100,16 @@ class Checkout:
         self.stack: traceback.StackSummary | None = None
         self.name = ""
         """Name of the task, once the connection was given back."""
+
+    @property
+    def reported(self) -> bool:
+        """True once it was told as a suspected leak."""
+        return bool(self.told & SUSPECTED)
+
+    @property
+    def at(self) -> tuple[Code, int]:
+        """Where it was acquired."""
+        return self.code, self.lineno
 
     @property
     def by_this_task(self) -> bool:

@@ -37,6 +37,7 @@ class LineClock:
         help: Called at each look at which anybody still waits.
         deadlock: Called with one who was suspected to have completed a self-deadlock, when that
             has had the time to pass.
+        stood_still: Called when the loop goes on after it has stood still, with the seconds.
     """
 
     TICK = 0.25
@@ -64,6 +65,7 @@ class LineClock:
         expire: Callable[[list[Waiter]], None],
         help: Callable[[], None] | None = None,
         deadlock: Callable[[Waiter], None] | None = None,
+        stood_still: Callable[[float], None] | None = None,
     ) -> None:
         self._loop = loop
         self._context = copy_context()  # of open(): its timer is for all who wait
@@ -71,6 +73,7 @@ class LineClock:
         self._expire = expire
         self._help = help
         self._deadlock = deadlock
+        self._stood_still = stood_still
         self._due = 0.0  # 0.0: not ticking
         self._timer: asyncio.Handle | None = None
         self._later: dict[int, dict[Waiter, None]] = {}
@@ -147,6 +150,8 @@ class LineClock:
         if late >= self.STALL:
             self._stalls.append((now, late))
             self._stalled += 1
+            if self._stood_still is not None:
+                self._stood_still(late)
         self._look()
 
     def _look(self) -> None:

@@ -58,6 +58,7 @@ async def end(life: Life, timeout: float, failure: BaseException | None) -> None
             # Only now: who opens the pool anew must not meet what is left of this life.
             over = life.end()
             over.facts = moment(life).snapshot
+            life.tell_closed()
 
 
 async def _in_order(life: Life, timeout: float, failure: BaseException | None) -> None:
@@ -72,6 +73,7 @@ async def _in_order(life: Life, timeout: float, failure: BaseException | None) -
         interruption = ex
     waited = monotonic() - begin
     late = [f"{one}, held for {one.held_seconds:.1f} s" for one in life.ledger.longest_first()]
+    life.late = len(late)
     tasks = _stop_tasks(life)
     if _active(life):
         # In a task, so that no cancellation leaves the server at work.
@@ -104,7 +106,7 @@ def _refuse_new_work(life: Life, failure: BaseException | None) -> list[asyncio.
         life.question.refuse("the pool is closing")
     life.failover.stop()
     life.checks.end()
-    return [task for conn in life.take_all_idle() if (task := dismiss(life, conn))]
+    return [task for conn in life.take_all_idle() if (task := dismiss(life, conn, "closing"))]
 
 
 def _ignoring_errors(life: Life, step: Callable[..., object], *arguments: object) -> None:
@@ -217,19 +219,27 @@ async def _settle(life: Life, tasks: Iterable[asyncio.Task[None]]) -> asyncio.Ca
 def _let_go(life: Life) -> None:
     """Abandon a life whose loop is dead, unless another thread has just begun a new one."""
     with beginning():
-        if life.pool._life is life:
-            abandon(life)
+        if life.pool._life is not life:
+            return
+        abandon(life)
+    bury(life)
 
 
 def abandon(life: Life) -> None:
+    """Let go of a life whose loop will never run again, or that is another process's."""
+    life.begin_to_end()
+    life.late = len(life.held)
+    life.end()
+
+
+def bury(life: Life) -> None:
     """
-    Let go of a life whose loop will never run again, or that is another process's.
+    End what there is of a life that was let go of; no other is held up by it.
 
     In the same process the sessions are ended, which needs no loop. In a forked child nothing
     is touched, and all of it is kept: to close or finalise it would be to write into the
     parent's sessions and its selector.
     """
-    life.begin_to_end()
     sessions = list(life.sessions)
     tasks = [*life.tasks.take_all(), *life.connector.abandon()]
     if life.slow_callbacks is not None:
@@ -246,4 +256,4 @@ def abandon(life: Life) -> None:
             # Its awaits end in "Event loop is closed".
             with suppress(BaseException):
                 cast(Any, task.get_coro()).close()
-    life.end()
+    life.tell_closed()

@@ -168,7 +168,7 @@ class BoundConnection(Handle):
             checkout.changed_at = session.heard_at = now = monotonic()
             checkout.busy_seconds += now - began
             checkout.busy_since = 0.0
-            checkout.used = True
+            checkout.used += 1
 
     @property
     @override

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 from . import _compat
-from ._checkouts import Checkout
+from ._checkouts import ACQUIRED, SUSPECTED, Checkout
 from ._connection import BoundConnection, RetiredConnection
 from ._life import Life
 from ._log import log
@@ -33,26 +33,53 @@ def end_checkout(life: Life, session: Session, checkout: Checkout) -> float:
     session.checkout = checkout.session = None
     if checkout.structured:
         life.counters.usage_seconds += now - checkout.since
-    if checkout.reported:
-        log("suspected_leak_returned", checkout.facts(), pool=life.name)
     return now
+
+
+def tell_end(life: Life, checkout: Checkout, now: float) -> None:
+    """Tell of the end of a checkout whose beginning was told; when the connection is in place."""
+    listeners = life.listeners
+    if checkout.told & ACQUIRED and listeners.want("released"):
+        listeners.send(
+            listeners.records.Released(
+                pool=life.name,
+                task=checkout.task_name,
+                caller=checkout.caller,
+                held_seconds=now - checkout.since,
+                query_seconds=checkout.busy_seconds,
+                exchanges=checkout.used,
+            )
+        )
+    if checkout.told & SUSPECTED:
+        life.tell("suspected_leak_returned", checkout.facts(), at=checkout.at)
 
 
 # --- of a connection that nobody holds -----------------------------------------------------------
 
 
-def dismiss(life: Life, conn: Any) -> asyncio.Task[None] | None:
+def discarded(life: Life, session: Session, why: str) -> None:
+    """Tell, once, that the pool is without a connection that it had; for *why* see `Discarded`."""
+    if not session.in_pool:
+        return
+    session.in_pool = False
+    if life.listeners.want("discarded"):
+        seconds = monotonic() - session.made_at
+        pid = session.backend_pid
+        life.listeners.tell("discarded", why=why, backend_pid=pid, lived_seconds=seconds)
+
+
+def dismiss(life: Life, conn: Any, why: str) -> asyncio.Task[None] | None:
     """End a connection that nobody holds; return the task of a close() of the user's own."""
-    conn._session.in_pool = False
+    discarded(life, conn._session, why)
     if conn.closes_like_psycopg:
         conn._session.finish()
         return None
-    return life.tasks.start(partial(end_connection, life, conn), "close")
+    return life.tasks.start(partial(end_connection, life, conn, why), "close")
 
 
-async def end_connection(life: Life, conn: Any) -> None:
+async def end_connection(life: Life, conn: Any, why: str) -> None:
     """End a connection that nobody holds, whatever its ``close()`` raises."""
-    conn._session.in_pool = False
+    discarded(life, conn._session, why)
     try:
         _compat.set_owner(conn, None)  # close_returns is not meant here
         await conn.close()
@@ -82,11 +109,12 @@ def at_work(session: Session) -> bool:
 # --- of one that is taken from somebody ----------------------------------------------------------
 
 
-def lost(life: Life, session: Session) -> None:
+def lost(life: Life, session: Session, why: str) -> None:
     """Make a connection in place of *session*, which is gone."""
     if session in life.between:
         life.between.end(session)
         replace(life)
+    discarded(life, session, why)
 
 
 def replace(life: Life) -> None:
@@ -108,28 +136,35 @@ def discard_busy(life: Life, conn: BoundConnection) -> None:
     conn._given_back = Place.here()
     assert session.checkout is not None
     log("connection_busy", session.checkout.facts(), pool=life.name)
-    end_checkout(life, session, session.checkout)
+    checkout = session.checkout
+    now = end_checkout(life, session, checkout)
     _compat.set_owner(conn, None)
+    life.between.begin(session, "returning", "stopping the query of another task")
+    if checkout.told:
+        tell_end(life, checkout, now)
+    discarded(life, session, "busy")
     last = remains(conn)
     retire(conn)
-    life.between.begin(session, "returning", "stopping the query of another task")
     life.counters.count("returns_bad")
     if session.pgconn.transaction_status == ACTIVE:
         # The server has it until the query ends: there shall not be one more meanwhile.
         stopping = life.tasks.start(partial(_end_query, last))
-        stopping.add_done_callback(lambda _: lost(life, session))
+        stopping.add_done_callback(lambda _: lost(life, session, "busy"))
     else:
         # Not closed: see end_session().
         shut_down(session.pgconn)
-        lost(life, session)
+        lost(life, session, "busy")
     life.tasks.note_freed()
 
 
 def revoke_session(life: Life, session: Session) -> None:
     """Take a connection from whoever uses it."""
     handle, pgconn = session.handle, session.pgconn
-    if session.checkout is not None:
-        end_checkout(life, session, session.checkout)
+    if (checkout := session.checkout) is not None:
+        now = end_checkout(life, session, checkout)
+        if checkout.told:
+            tell_end(life, checkout, now)
+    discarded(life, session, "closing")
     if handle is None or isinstance(handle, RetiredConnection):
         return
     if pgconn.status != BAD:

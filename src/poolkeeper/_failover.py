@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from . import _cleaning
 from ._log import log
-from ._session import Session
+from ._session import MOVED, Session
 from ._words import class_name
 
 
@@ -88,7 +88,7 @@ class Failover:
         alone = not mine.in_question
         if not mine.accept_parameters() or (alone and not self._may_act()):
             return True
-        mine.expires_at = 0.0
+        mine.expires_at = MOVED
         if alone:
             log("server_changed", pool=self._pool.name, kind=mine.kind)
             for session in self._pool.sessions:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any, Protocol
 
 from ._between import Between
@@ -28,10 +29,12 @@ from ._classes import BoundClasses
 from ._cleaning import Cleaner
 from ._clock import LineClock, SlowCallbacks
 from ._counters import Counters
+from ._events import listeners_of
 from ._failover import Failover
 from ._health import Pool as Watched
 from ._health import Question
 from ._line import Line
+from ._log import log
 from ._moment import Moment
 from ._no_life import NoLife, Options, State, closed_error, warn_of_constructor
 from ._recovery import Connector
@@ -161,6 +164,12 @@ class Life:
         self.reset = options.reset
         self.application_name = options.application_name
         self.leak_threshold = options.leak_threshold
+        self.listeners = listeners_of(pool)
+        self.began = monotonic()
+        self.came_open = 0.0
+        """When it came to be open; 0.0 as long as it is not."""
+        self.late = 0
+        """How many connections `close()` has taken from who held them."""
 
         # The connections: how many, and which of them are idle, the next to be taken first.
         self.keeps = options.keeps
@@ -199,6 +208,20 @@ class Life:
         """What shares connections between one-shots, once there was one: see `_oneshots`."""
         self.question: Question | None = None
         """The last one that `check()` of the manager has asked."""
+
+    def tell(self, name: str, *facts: Mapping[str, Any], **fields: Any) -> None:
+        """Log an event, and tell those who have subscribed to it."""
+        at = fields.pop("at", None)
+        log(name, *facts, pool=self.name, on_behalf=1, **fields)
+        self.listeners.tell(name, *facts, at=at, **fields)
+
+    def tell_closed(self) -> None:
+        """Tell that it is over, if it came to be open; a forked child's affair it is not."""
+        if self.came_open and not self.forked:
+            seconds = monotonic() - self.came_open
+            self.listeners.tell(
+                "closed", open_seconds=seconds, late=self.late, loop_closed=self.gone
+            )
 
     @property
     def total(self) -> int:
@@ -241,6 +264,8 @@ class Life:
         """Let the pool be open, and tell who waits for it, if there are enough."""
         if self.state is State.OPENING and self.prepared >= self.min_size:
             self.state = State.OPEN
+            now = self.came_open = monotonic()
+            self.listeners.tell("opened", opened=str(self.opened), seconds=now - self.began)
         if self.openers and self.state is State.OPEN and self.has_minimum:
             self.openers.tell(None)
 

@@ -64,6 +64,17 @@ EVENTS = {
         DEBUG, 'pool "%(pool)s": no server that takes writes: %(reason)s'
     ),
     "not_ready": Event(INFO, 'pool "%(pool)s" is not ready: %(reason)s', ("kind",)),
+    # --- who listens
+    "subscriber_failed": Event(
+        WARNING,
+        'pool "%(pool)s": a subscriber has failed when it was told of "%(told)s": %(reason)s',
+        ("subscriber",),
+    ),
+    "subscriber_slow": Event(
+        WARNING,
+        'pool "%(pool)s": the subscriber %(subscriber)s took %(seconds).2f s when it was told of'
+        ' "%(told)s"; the event loop stood still meanwhile',
+    ),
     # --- who waits
     "acquire_timeout": Event(
         WARNING,
@@ -185,6 +196,7 @@ def log(
     quietly: bool = False,
     stack: str = "",
     error: BaseException | None = None,
+    on_behalf: int = 0,
     **fields: Any,
 ) -> None:
     """
@@ -196,6 +208,7 @@ def log(
         quietly: At DEBUG, for it was told before.
         stack: Where something was done, in lines.
         error: Whose traceback is to be told with it.
+        on_behalf: How many frames away that line is which the record is to name.
         fields: What is known of it; strings and numbers that hold no secret.
     """
     level, text, _ = EVENTS[name]
@@ -209,7 +222,7 @@ def log(
     if stack:
         fields["stack"] = stack
         below.append(stack)
-    caller = sys._getframe(1)
+    caller = sys._getframe(1 + on_behalf)
     record = logger.makeRecord(
         logger.name,
         level,

@@ -9,6 +9,7 @@ and told to those who wait in vain.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from inspect import isawaitable
 from random import random
 from time import monotonic
@@ -114,13 +115,21 @@ class Maker:
         session = conn._session
         session.expires_at = monotonic() + life.pool.max_lifetime * (1.0 - YOUNGER * random())
         session.settle(conn)
+        connected = partial(
+            life.listeners.tell,
+            "connected",
+            seconds=session.made_at - began,
+            backend_pid=session.backend_pid,
+        )
         # Another attempt, made beside this one, may have been faster.
         if life.ending or not life.connector.claim():
-            dismiss(life, conn)
+            connected()
+            dismiss(life, conn, "closing" if life.ending else "not needed")
             return
         _compat.set_owner(conn, None)
         life.give(conn)
         count_made(life)
+        connected()
         life.note_made()
 
     async def _configure(self, conn: Any) -> None:
@@ -170,16 +179,23 @@ class Maker:
     def connect_failed(self, failure: Failure, began: float) -> None:
         """Note that an attempt has failed; the connector goes on by itself."""
         life = self._life
+        life.listeners.tell(
+            "connect_failed",
+            seconds=monotonic() - began,
+            reason=failure.words,
+            kind=failure.kind,
+            permanent=failure.is_permanent,
+            attempts_failed=life.connector.failures,
+        )
         if life.openers and failure.is_permanent:
             life.openers.tell(_reporting.open_error(life, None))
         elif life.connector.failures == 1:
             life.outage_told = False
             left = life.openers.until - monotonic()
             waits = f", open() waits for {left:.1f} s more" if life.openers else ""
-            log(
+            life.tell(
                 "outage_began",
                 _reporting.counts(life),
-                pool=life.name,
                 reason=failure.words,
                 kind=failure.kind,
                 then=f"trying again until one can{waits}",
@@ -187,6 +203,10 @@ class Maker:
             )
         if failure.is_permanent and not life.made:
             _refuse_waiters(life, failure, began)
+
+    def outage_over(self, seconds: float, attempts_failed: int) -> None:
+        """Note that connections can be made again."""
+        self._life.tell("outage_over", outage_seconds=seconds, attempts_failed=attempts_failed)
 
     def outage_goes_on(self, seconds: float) -> None:
         """Call `reconnect_failed` once for an outage that is longer than `reconnect_timeout`."""

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
-from typing import Any, Generic, Literal, Self, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, cast, overload
 
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.abc import Params, Query
@@ -34,6 +34,10 @@ from .errors import (
     briefly,
 )
 
+if TYPE_CHECKING:
+    from . import events
+
+EventT = TypeVar("EventT", bound="events.Event")
 ACT_co = TypeVar(
     "ACT_co", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow], covariant=True
 )
@@ -221,6 +225,43 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         return self._pool.diagnose()
+
+    @overload
+    def subscribe(self, callback: Callable[[events.Event], object]) -> Callable[[], None]: ...
+
+    @overload
+    def subscribe(
+        self, callback: Callable[[EventT], object], kind: type[EventT], /, *kinds: type[EventT]
+    ) -> Callable[[], None]: ...
+
+    @briefly
+    def subscribe(self, callback: Callable[[Any], object], *kinds: type[Any]) -> Callable[[], None]:
+        """
+        Tell *callback* from now on what happens to the pool, in this and all later lives of it.
+
+        It is called at once, where something happens: in the task that acquires or gives back,
+        and in its context (`contextvars`); for all else in that of `open()`. So what it does
+        takes the time of the event loop: what takes long belongs into a task or a thread of its
+        own. Whatever it raises is logged, once for each kind of event, and goes no further.
+
+        May be called at any time, before `open()` too, from any thread, and by a subscriber. Each
+        call is a subscription of its own; they are told in the order in which they were made. A
+        checkout that was acquired before is not told of.
+
+        Args:
+            callback: A plain function that takes one event.
+            kinds: The classes of `poolkeeper.events` that it wants; all if there is none.
+
+        Returns:
+            A function that ends the subscription: no call begins after it has returned. Harmless
+            when called again.
+
+        Raises:
+            ConfigError: If *callback* is no function or is async, or one of *kinds* is no event.
+
+        .. versionadded:: 0.1.0
+        """
+        return self._pool.subscribe(callback, *kinds)
 
     @briefly
     async def check(self, timeout: float = 2.0) -> _facts.Health:

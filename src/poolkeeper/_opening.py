@@ -20,7 +20,8 @@ from ._binding import LoopBinding, beginning
 from ._checking import Checks
 from ._classes import BoundClasses
 from ._clock import LineClock, SlowCallbacks
-from ._closing import abandon, end
+from ._closing import abandon, bury, end
+from ._events import listeners_of
 from ._failover import Failover
 from ._life import Life, Pool
 from ._making import Maker
@@ -31,7 +32,8 @@ from ._stock import help_growth, let_go, shrink
 from ._storm import Storm
 from ._tasks import Tasks
 from ._watching import Watch, watch_for_leaks
-from .errors import another
+from ._where import Place
+from .errors import LoopMismatchError, another
 
 
 async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) -> None:
@@ -57,14 +59,30 @@ def open_in_constructor(pool: Pool, warned: bool) -> None:
 
 def begin(pool: Pool, caller: str | None) -> Life:
     """Return the life that goes on here, or begin one; of threads that come at once one does."""
-    with beginning():
-        before = pool._life
-        if isinstance(before, Life) and not before.ending and _alive_here(before):
-            return before
-        binding = LoopBinding(pool.name, caller)  # raises where no pool can be opened
-        if isinstance(before, Life):
-            abandon(before)
-        life = pool._life = _put_together(pool, binding)
+    abandoned: Life | None = None
+    try:
+        with beginning():
+            before = pool._life
+            if isinstance(before, Life) and not before.ending and not before.gone:
+                life = before
+            else:
+                binding = LoopBinding(pool.name, caller)  # raises where no pool can be opened
+                if isinstance(before, Life):
+                    abandon(before)
+                    abandoned = before
+                life = pool._life = _put_together(pool, binding)
+    except LoopMismatchError as ex:
+        listeners_of(pool).tell(
+            "loop_mismatch", purpose="open it", opened="", used=str(Place.here(caller))
+        )
+        raise ex
+    finally:
+        if abandoned is not None:
+            bury(abandoned)
+    if life is before:
+        life.binding.check("open it")
+        return life
+    life.note_made()
     life.tasks.stay()
     for _ in range(life.min_size):
         life.connector.add()
@@ -97,6 +115,7 @@ def _put_together(pool: Pool, binding: LoopBinding) -> Life:
         partial(time_out, life),
         partial(help_growth, life),
         partial(end_deadlock, life),
+        partial(_stood_still, life),
     )
     life.watch = watch = Watch(life)
     life.storm = Storm(watch, loop, life.tasks.context)
@@ -105,13 +124,17 @@ def _put_together(pool: Pool, binding: LoopBinding) -> Life:
     life.failover = Failover(watch)
     life.classes = BoundClasses(pool, binding)
     binding.pool = weakref.ref(pool)
+    binding.listeners = life.listeners
     if loop.get_debug():
         life.slow_callbacks = SlowCallbacks()
     if life.leak_threshold is not None:
         watch_for_leaks(life, life.leak_threshold)
-    if life.min_size == 0:
-        life.state = State.OPEN
     return life
+
+
+def _stood_still(life: Life, seconds: float) -> None:
+    by = life.slow_callbacks.last if life.slow_callbacks else ""
+    life.listeners.tell("stalled", seconds=seconds, stalled_by=by)
 
 
 # --- waiting for it ------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from psycopg import pq
 from typing_extensions import override
 
 from ._binding import beginning, inherited
-from ._closing import abandon
+from ._closing import abandon, bury
 from ._config import require_callable, require_integer
 from ._life import Life
 from ._manager import ACT_co, PoolManager
@@ -373,6 +373,7 @@ class Share:
             ]
             requests = [pgconn.get_cancel() for pgconn in active]
             abandon(life)
+        bury(life)
         if requests:
             threading.Thread(target=_stop, args=(requests,), daemon=True).start()
 

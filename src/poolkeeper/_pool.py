@@ -11,7 +11,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, overload
 
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
@@ -23,7 +23,11 @@ from ._no_life import NoLife, Options, State, warn_of_constructor
 from ._where import Place, coroutine_function
 from .errors import PoolkeeperError, briefly
 
+if TYPE_CHECKING:
+    from . import events
+
 ACT = TypeVar("ACT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
+EventT = TypeVar("EventT", bound="events.Event")
 
 
 _compat.require()
@@ -189,6 +193,19 @@ class BoundPool(AsyncConnectionPool[ACT]):
     def diagnose(self) -> _facts.Diagnosis:
         """Return why connections are short, from a `snapshot()` of this moment."""
         return _door.diagnose(self._life)
+
+    @overload
+    def subscribe(self, callback: Callable[[events.Event], object]) -> Callable[[], None]: ...
+
+    @overload
+    def subscribe(
+        self, callback: Callable[[EventT], object], kind: type[EventT], /, *kinds: type[EventT]
+    ) -> Callable[[], None]: ...
+
+    @briefly
+    def subscribe(self, callback: Callable[[Any], object], *kinds: type[Any]) -> Callable[[], None]:
+        """Tell *callback* what happens to the pool: see `PoolManager.subscribe()`."""
+        return _door.listeners_of(self).subscribe(callback, kinds)
 
     @override
     def __repr__(self) -> str:

@@ -12,7 +12,6 @@ from typing import Protocol, cast
 from . import _attempt, _conninfo
 from ._attempt import Attempt, Failure
 from ._binding import weakly
-from ._log import log
 
 
 class Pool(Protocol):
@@ -47,6 +46,10 @@ class Pool(Protocol):
 
     def connect_failed(self, failure: Failure, began: float) -> None:
         """Note that an attempt, which *began* then, has failed or has no answer for long."""
+        ...
+
+    def outage_over(self, seconds: float, attempts_failed: int) -> None:
+        """Note that one can be made again, after so many *seconds*."""
         ...
 
     def outage_goes_on(self, seconds: float) -> None:
@@ -238,12 +241,7 @@ class Connector:
 
     def _succeeded(self) -> None:
         if self.last_failure is not None:
-            log(
-                "outage_over",
-                pool=self._pool.name,
-                outage_seconds=monotonic() - self.failing_since,
-                attempts_failed=self.failures,
-            )
+            self._pool.outage_over(monotonic() - self.failing_since, self.failures)
         self.last_failure = None
         self.failures = 0
         self._patience = self.PATIENCE

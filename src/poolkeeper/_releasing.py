@@ -30,16 +30,18 @@ from ._checkouts import Checkout
 from ._connection import BoundConnection, ReleasedConnection, RetiredConnection, RevokedConnection
 from ._ending import (
     discard_busy,
+    discarded,
     dismiss,
     end_checkout,
     end_connection,
     end_session,
     lost,
     replace,
+    tell_end,
 )
 from ._life import Life, Pool, StandIn
 from ._log import log
-from ._session import Session, part_from_pipeline, shut_down
+from ._session import DRAINED, MOVED, Session, part_from_pipeline, shut_down
 from ._status import ACTIVE, IDLE, INERROR, INTRANS, NO_PIPELINE, UNKNOWN
 from ._stock import forget, is_surplus
 from ._tasks import set_done
@@ -107,6 +109,8 @@ def release(
         # Life.give(), without the call.
         if not life.line or not life.line.offer(fresh):
             life.keep(fresh)
+        if checkout.told:
+            tell_end(life, checkout, now)
         return None
     session.returned = checkout
     part_from_pipeline(conn)
@@ -117,6 +121,8 @@ def release(
         tells=checkout if tells else None,
         cancelling=cancelling,
     )
+    if checkout.told:
+        tell_end(life, checkout, now)
     if pgconn.transaction_status in (IDLE, UNKNOWN):
         return None
     session.unlocked = unlocked = loop.create_future()
@@ -160,9 +166,13 @@ def _take_back(life: Life, fresh: BoundConnection, checkout: Checkout | None) ->
         return
     if checkout is not None:
         log("connection_dropped", checkout.facts(), pool=life.name)
-        end_checkout(life, fresh._session, checkout)
+        now = end_checkout(life, fresh._session, checkout)
         fresh._session.returned = checkout
-    start_put_back(life, fresh)
+        start_put_back(life, fresh)
+        if checkout.told:
+            tell_end(life, checkout, now)
+    else:
+        start_put_back(life, fresh)
 
 
 # --- in a task of its own --------------------------------------------------------------------
@@ -192,7 +202,7 @@ def _put_back_ended(life: Life, conn: Any, task: asyncio.Task[None]) -> None:
     # Somebody cancelled every task there is, ours included: it is in nobody's hands now.
     if not isinstance(conn, RetiredConnection):
         end_session(conn._session)
-        lost(life, conn._session)
+        lost(life, conn._session, "cancelled")
     life.between.end(conn._session)
 
 
@@ -214,9 +224,9 @@ async def _put_back(
         return  # its life is over
     if life.oversized and is_surplus(life):
         forget(life, 1)
-        dismiss(life, conn)
+        dismiss(life, conn, "surplus")
     elif life.ending:
-        await end_connection(life, conn)
+        await end_connection(life, conn, "closing")
     else:
         await _put_in_order(life, conn)
         if isinstance(conn, RevokedConnection):
@@ -267,7 +277,7 @@ async def _put_in_order(life: Life, conn: Any) -> None:
     if status == UNKNOWN:
         return
     if status != IDLE:  # a rollback has failed
-        await end_connection(life, conn)
+        await end_connection(life, conn, "out of order")
         return
     try:
         await _clean(life, conn)
@@ -281,7 +291,7 @@ async def _put_in_order(life: Life, conn: Any) -> None:
         if isinstance(conn, RevokedConnection):
             return
         log("connection_out_of_order", pool=life.name, reason=in_words(ex))
-        await end_connection(life, conn)
+        await end_connection(life, conn, "out of order")
 
 
 async def _clean(life: Life, conn: Any) -> None:
@@ -309,12 +319,18 @@ async def called(name: str, callback: Any, conn: Any) -> None:
     await given
 
 
+_EARLY = {DRAINED: "drained", MOVED: "server changed"}
+
+
 async def _keep_or_replace(life: Life, conn: Any, unused: bool) -> None:
     """Hand on a connection that is in order; one that is not, or too old, is replaced."""
     if conn.pgconn.transaction_status == UNKNOWN:
         life.counters.count("connections_lost" if unused else "returns_bad")
-    elif life.ending or conn._session.expires_at <= monotonic():
-        await end_connection(life, conn)
+        discarded(life, conn._session, "dead" if unused else "broken")
+    elif life.ending:
+        await end_connection(life, conn, "closing")
+    elif (expires := conn._session.expires_at) <= monotonic():
+        await end_connection(life, conn, _EARLY.get(expires, "expired"))
     else:
         _compat.set_owner(conn, None)
         life.give(conn)

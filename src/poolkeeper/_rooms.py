@@ -14,6 +14,7 @@ from ._block import with_transaction as with_transaction
 from ._checkouts import Checkout as Checkout
 from ._classes import require_class as require_class
 from ._closing import close as close
+from ._events import listeners_of as listeners_of
 from ._life import Life as Life
 from ._oneshots import by_lane as by_lane
 from ._opening import open_in_constructor as open_in_constructor

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from math import inf
+from time import monotonic
 from typing import Any, ClassVar, TypeVar, cast
 
 from psycopg import AsyncConnection, pq
@@ -59,6 +60,9 @@ STANDBY = b"in_hot_standby"  # the server's alone to change, "on" until it is pr
 KIND_PARAMETERS = frozenset({READ_ONLY, STANDBY})
 """What tells one kind of server from another; reported since PostgreSQL 14."""
 
+DRAINED, MOVED = 0.0, -1.0
+"""When a session expires that is to be replaced: because all are; because its server changed."""
+
 _READ_ONLY, _STANDBY = _KIND = [REPORTED_PARAMETERS.index(name) for name in (READ_ONLY, STANDBY)]
 
 
@@ -85,6 +89,8 @@ class Session:
         in_question: True if another session was found on a server that has become another kind,
             and this one was not looked at yet.
         in_pool: True while the pool counts it, so that it must not be lost.
+        backend_pid: Process number on the server.
+        made_at: When it joined the pool.
         returned: The checkout that has ended last, until the session is put right.
         unlocked: Done when the transaction of who gave it back last is over, if one was open.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
@@ -102,12 +108,14 @@ class Session:
         "_parameters",
         "_poll",
         "_prepare",
+        "backend_pid",
         "checkout",
         "configured",
         "expires_at",
         "heard_at",
         "in_pool",
         "in_question",
+        "made_at",
         "pgconn",
         "returned",
         "unlocked",
@@ -160,6 +168,8 @@ class Session:
         fixed["_pool"] = None
         self._fixed = fixed
         self.in_pool = True
+        self.made_at = monotonic()
+        self.backend_pid = conn.pgconn.backend_pid
 
     def finish(self) -> None:
         """End the session at once. May be called from any thread, but not in a forked child."""
@@ -225,7 +235,7 @@ class Session:
         self.in_question = True
         self.doubt()
         if self.checkout is not None:
-            self.checkout.used = True
+            self.checkout.used += 1
 
     @property
     def in_doubt(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from ._config import null_size, require_sizes
 from ._ending import dismiss, replace
 from ._life import Life
+from ._session import DRAINED
 
 
 def grow(life: Life) -> None:
@@ -46,7 +47,7 @@ def forget(life: Life, number: int) -> None:
 def let_go(life: Life, conn: Any) -> None:
     """Close a clean connection that nobody waits for, of a pool that keeps none."""
     forget(life, 1)
-    dismiss(life, conn)
+    dismiss(life, conn, "not kept")
 
 
 def help_growth(life: Life) -> None:
@@ -72,7 +73,7 @@ def shrink(life: weakref.ref[Life]) -> None:
     unused, here.idle_low = here.idle_low, len(here.idle)
     if unused > 0 and here.idle and here.total > here.min_size:
         forget(here, 1)
-        dismiss(here, here.take_idle())
+        dismiss(here, here.take_idle(), "unused")
 
 
 def resize(life: Life, min_size: int, max_size: int | None) -> None:
@@ -108,14 +109,14 @@ def close_surplus(life: Life) -> None:
     """Close idle connections as long as there are more than `max_size`."""
     while is_surplus(life) and life.idle:
         forget(life, 1)
-        dismiss(life, life.take_idle())
+        dismiss(life, life.take_idle(), "surplus")
 
 
 def drain(life: Life) -> None:
     """Replace every connection: idle ones now, the others when they come back."""
     for session in life.sessions:
         if session.in_pool:
-            session.expires_at = 0.0
+            session.expires_at = DRAINED
     for conn in life.take_all_idle():
-        dismiss(life, conn)
+        dismiss(life, conn, "drained")
         replace(life)

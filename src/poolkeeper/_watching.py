@@ -21,7 +21,8 @@ from typing import Any
 import psycopg
 
 from . import _reporting
-from ._ending import dismiss, lost, replace
+from ._checkouts import SUSPECTED
+from ._ending import discarded, dismiss, lost, replace
 from ._health import Question
 from ._life import Life, Pool
 from ._log import log
@@ -88,7 +89,8 @@ def _replace_dead(life: Life, dead: list[Any]) -> None:
         return
     log("connections_replaced", pool=life.name, number=len(dead))
     life.counters.count("connections_lost", len(dead))
-    for _ in dead:
+    for conn in dead:
+        discarded(life, conn._session, "dead")
         replace(life)
 
 
@@ -116,7 +118,7 @@ class Watch:
         self.take_back_unused = partial(take_back_unused, life)
         self.look_at_idle = partial(look_at_idle, life)
         self.connect_beside = partial(connect_beside, life)
-        self.dismiss = partial(dismiss, life)
+        self.dismiss = partial(dismiss, life, why="not needed")
         self.drain = partial(drain, life)
         self.moment = partial(_reporting.moment, life)
         self.counts = partial(_reporting.counts, life)
@@ -134,7 +136,7 @@ class Watch:
         session: Session = conn._session
         retire(conn)
         shut_down(session.pgconn)
-        lost(self._life, session)
+        lost(self._life, session, "stuck")
 
     def answered_lately(self, seconds: float) -> bool:
         """
@@ -203,7 +205,7 @@ def _look_for_leaks(reference: weakref.ref[Life]) -> None:
     watch_for_leaks(life, life.leak_threshold)
     life.ledger.let_go()
     for checkout in life.ledger.overdue():
-        checkout.reported = True
+        checkout.told |= SUSPECTED
         stack = checkout.stack_text().rstrip()
         numbers = _reporting.counts(life)
-        log("suspected_leak", checkout.facts(), numbers, pool=life.name, stack=stack)
+        life.tell("suspected_leak", checkout.facts(), numbers, at=checkout.at, stack=stack)

@@ -69,7 +69,8 @@ async def until(holds: Callable[[], object]) -> None:
 
 def test_every_event_is_logged_somewhere_and_nothing_else_is() -> None:
     texts = [path.read_text() for path in Path(poolkeeper.__file__).parent.rglob("*.py")]
-    logged = {name for text in texts for name in re.findall(r'\blog\(\s*"(\w+)"', text)}
+    told = re.compile(r'\b(?:log|_?life\.tell)\(\s*"(\w+)"')
+    logged = {name for text in texts for name in told.findall(text)}
     logged |= {name for text in texts for name in re.findall(r'^ +\("(settings_\w+)"', text, re.M)}
     assert logged == set(EVENTS)
     strange = [text for text in texts if re.search(r"\blogger\.(debug|info|warn|error|log)", text)]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from poolkeeper import ClosedError, _checkouts
-from poolkeeper._checkouts import Checkout, Ledger
+from poolkeeper._checkouts import SUSPECTED, Checkout, Ledger
 from poolkeeper._clock import LineClock, SlowCallbacks, stalled_seconds
 from poolkeeper._line import MOST_GRACE, Line, Waiter
 from tests.unit.fake_time import FakeLoop
@@ -760,7 +760,7 @@ async def test_a_checkout_is_overdue_once_it_is_past_the_threshold(time: FakeLoo
     assert ledger.overdue() == [first]
     time.pass_time(1)
     assert ledger.overdue() == [first, second]
-    first.reported = True
+    first.told = SUSPECTED
     assert ledger.overdue() == [second]
     ledger.ends(second, time.now)
     assert ledger.overdue() == []

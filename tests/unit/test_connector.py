@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -42,6 +41,7 @@ class FakePool:
         self.attempts: list[asyncio.Future[None]] = []
         self.made = 0
         self.failed: list[Failure] = []
+        self.over: list[tuple[float, int]] = []
         self.spare = 0
         self.tasks_go_on = True
 
@@ -53,6 +53,9 @@ class FakePool:
 
     def outage_goes_on(self, seconds: float) -> None:
         self.outage = seconds
+
+    def outage_over(self, seconds: float, attempts_failed: int) -> None:
+        self.over.append((seconds, attempts_failed))
 
     async def make_connection(self) -> None:
         attempt_here().params = self.params
@@ -210,10 +213,7 @@ async def test_a_failure_is_written_down(server: Server) -> None:
     assert connector.pending == 0
 
 
-async def test_a_success_lets_all_others_go_on_at_once(
-    server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "poolkeeper")
+async def test_a_success_lets_all_others_go_on_at_once(server: Server) -> None:
     await server.until_refused(5)
     await server.pass_time(PROBE)
     await server.answer()
@@ -221,8 +221,8 @@ async def test_a_success_lets_all_others_go_on_at_once(
     assert server.connector.failures == 0
     assert server.connector.pending == 3
     assert server.connector.next_attempt_seconds is None
-    assert 'pool "orders": connections can be made again, after' in caplog.text
-    assert "and 3 failed attempt(s)" in caplog.text
+    ((seconds, failed),) = server.pool.over
+    assert (seconds, failed) == (pytest.approx(PROBE), 3)
     await server.answer()
     await server.answer()
     assert server.pool.made == 5
