@@ -161,6 +161,7 @@ async def test_in_autocommit_each_statement_is_by_itself(db: PoolManager) -> Non
             with pytest.raises(psycopg.errors.UniqueViolation):
                 await conn.execute("insert into things values (1)")
             await conn.execute("insert into things values (2)")
+            await conn.rollback()  # of nothing
             with pytest.raises(ZeroDivisionError):
                 async with conn.transaction():
                     await conn.execute("insert into things values (3)")

@@ -161,8 +161,12 @@ class Sandboxed(AsyncConnection[Any]):
             yield from super()._rollback_gen()  # which refuses it
         if self._pipeline:
             yield from self._pipeline._sync_gen()  # it may have been aborted
-        if self._hold.savepoint is not None:
-            yield from self._hold.roll_back(self)
+        yield from self._undo_gen()
+
+    def _undo_gen(self) -> PQGen[None]:
+        # In autocommit there is nothing to undo: what is open is one statement, and it was done.
+        hold = self._hold
+        yield from hold.commit(self) if self._autocommit else hold.roll_back(self)
 
     @override
     def _check_intrans_gen(self, attribute: str) -> PQGen[None]:
@@ -232,11 +236,16 @@ class Sandboxed(AsyncConnection[Any]):
 
     @override
     async def close(self) -> None:
-        """Roll back, as the server does, and refuse every use; the session is the test's."""
-        if not self.closed:
+        """Roll back and refuse every use, but end no session; or give it back, if that is meant."""
+        if self.closed:
+            return
+        keeper: Any = cast(Any, self)._keeper()
+        if keeper is not None and keeper.close_returns:
+            await keeper.putconn(self)
+        else:
             if self._hold.savepoint is not None:
                 async with self.lock:
-                    await self.wait(self._hold.roll_back(self))
+                    await self.wait(self._undo_gen())
             self._hold.closed = True
 
     @override
