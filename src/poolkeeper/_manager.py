@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, cast, overload
@@ -36,6 +36,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import events
+    from .sizing import Advice
 
 EventT = TypeVar("EventT", bound="events.Event")
 ACT_co = TypeVar(
@@ -262,6 +263,28 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         .. versionadded:: 0.1.0
         """
         return self._pool.subscribe(callback, *kinds)
+
+    @briefly
+    async def advise(self, sizes: Sequence[int] | None = None, target: float = 0.010) -> Advice:
+        """
+        Estimate how long acquires would wait, for each size of the pool.
+
+        From what was recorded since `poolkeeper.sizing.record()` was called for this manager.
+        Takes a processor for some seconds, in a thread, while the loop goes on, slower. If
+        cancelled, the thread ends by itself.
+
+        Args:
+            sizes: To look at; by default those that matter.
+            target: Seconds that one acquire in a hundred may wait.
+
+        Raises:
+            ConfigError: If nothing was recorded, or a number cannot be.
+
+        .. versionadded:: 0.1.0
+        """
+        from .sizing import advise_on
+
+        return await advise_on(self._pool, sizes, target)
 
     @briefly
     async def check(self, timeout: float = 2.0) -> _facts.Health:
