@@ -1,4 +1,4 @@
-"""The command line: ``poolkeeper demo`` and ``poolkeeper explain``."""
+"""The command line: what commands there are; those of `cli` say themselves what they take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from poolkeeper import PoolkeeperError, __version__
+from poolkeeper.cli import advise, top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_demo(commands)
     _add_explain(commands)
+    advise.add_parser(commands)
+    top.add_parser(commands)
     return parser
 
 
