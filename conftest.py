@@ -22,7 +22,7 @@ from psycopg import sql
 
 from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
-from tests.support.pooler import PGBOUNCER
+from tests.support.pooler import MODES, PGBOUNCER, pgbouncer
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, make_roles
 
@@ -32,6 +32,9 @@ pytest_plugins = ["pytest_poolkeeper"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("poolkeeper")
     group.addoption("--loop", default="asyncio", choices=["asyncio", "uvloop"])
+    group.addoption(
+        "--pooler", choices=MODES, help="put a PgBouncer of that mode in front of the server"
+    )
     group.addoption(
         "--servers", default="all", choices=["all", "few"], help="web servers to run examples on"
     )
@@ -50,6 +53,15 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
         return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.SelectorEventLoop}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--pooler") is None:
+        return
+    direct = ("direct", "fault", "served")
+    left_out = [item for item in items if any(map(item.get_closest_marker, direct))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -72,7 +84,17 @@ def loop_name(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def dsn(poolkeeper_dsn: str) -> str:
+def dsn(server_dsn: str, pytestconfig: pytest.Config) -> Iterator[str]:
+    """What tests share, and connect to: the server, or the pooler in front of it."""
+    if (mode := pytestconfig.getoption("--pooler")) is None:
+        yield server_dsn
+    else:
+        with pgbouncer(server_dsn, mode, default_pool_size=20) as through:
+            yield through
+
+
+@pytest.fixture(scope="session")
+def server_dsn(poolkeeper_dsn: str) -> str:
     """A server that tests share: no test stops it, or leaves anything in it."""
     return poolkeeper_dsn
 

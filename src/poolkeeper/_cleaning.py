@@ -1,5 +1,5 @@
 """
-What is put right on the server when a connection comes back: the only SQL of the pool's own.
+What is put right on the server when a connection comes back, by the pool's own SQL.
 
 A borrower's settings are told from everybody else's by RESET, in one round trip: it takes away
 what the session itself has set, and changes nothing where the server, an administrator or a
@@ -22,10 +22,16 @@ from psycopg.abc import PQGen
 from ._checkouts import Checkout
 from ._connection import BoundConnection
 from ._log import log
-from ._session import KIND_PARAMETERS, READ_ONLY, STANDBY, Session
+from ._session import KIND_PARAMETERS, READ_ONLY, SEARCH_PATH, STANDBY, Session
 
 IDENTITY = frozenset({b"session_authorization", b"is_superuser"})
 """Not settings of their own: RESET SESSION AUTHORIZATION and RESET ROLE bring them back."""
+
+GOES_ASTRAY = frozenset({READ_ONLY, SEARCH_PATH})
+"""
+What no pooler keeps for its client. A RESET does no harm in a session that it was not meant for,
+where the next transaction has found another one; to set it there would be to set it for others.
+"""
 
 _TAKES_NO_WRITES = (
     # Not transaction_read_only: a transaction is what its beginning was, before the RESET.
@@ -54,7 +60,9 @@ class Cleaner:
     ) -> None:
         self._name = name
         self._configure = configure
-        self._discards = discards
+        self.discards = discards
+        self.shared = False
+        """True if the next transaction may run in another session, for a pooler shares them."""
         self._step = step
         self._told: set[str] = set()
 
@@ -72,18 +80,19 @@ class Cleaner:
         checkout, session.returned = session.returned, None
         changed = session.changed_parameters()
         doubt = session.in_doubt and READ_ONLY not in session.configured
-        if self._discards:
+        discards = self.discards and not self.shared
+        if discards:
             self._step(session, "in DISCARD ALL")
             await run(conn, [b"DISCARD ALL"])
             session.forget_prepared(conn)
             refuses_writes = doubt and not await takes_writes(conn)
         elif changed or doubt:
             self._step(session, "putting its settings back")
-            refuses_writes = await _put_settings_back(conn, dict(changed), doubt)
+            refuses_writes = await self._put_settings_back(conn, dict(changed), doubt)
         else:
             return False
         if self._configure is not None and (
-            self._discards or not IDENTITY.isdisjoint(name for name, _ in changed)
+            discards or not IDENTITY.isdisjoint(name for name, _ in changed)
         ):
             self._step(session, "in the configure callback", self._configure)
             await self._configure(conn)
@@ -94,6 +103,30 @@ class Cleaner:
         if changed:
             self._tell({name for name, _ in changed}, left, session, checkout)
         return refuses_writes
+
+    async def _put_settings_back(
+        self, conn: BoundConnection, changed: dict[bytes, bytes | None], doubt: bool
+    ) -> bool:
+        """Put back what is *changed*; in *doubt*, ask as well if the server takes no writes."""
+        configured = conn._session.configured
+        if doubt:
+            changed.setdefault(READ_ONLY, None)  # set, it may be, to what it was
+        statements: list[bytes] = []
+        if not IDENTITY.isdisjoint(changed):
+            statements += [b"RESET SESSION AUTHORIZATION", b"RESET ROLE"]
+        literal = pq.Escaping(conn.pgconn).escape_literal
+        for name, was in changed.items():
+            if name in IDENTITY or name == STANDBY:
+                continue
+            if name not in configured:
+                statements.append(b"RESET " + name)
+            elif was is not None and not (self.shared and name in GOES_ASTRAY):
+                statement = b"SELECT set_config('%b', %b, false)"
+                statements.append(statement % (name, bytes(literal(was))))
+        if doubt:
+            statements.append(_TAKES_NO_WRITES)
+        results = await run(conn, statements) if statements else []
+        return doubt and results[-1].get_value(0, 0) == b"t"
 
     def _tell(
         self, changed: set[bytes], left: set[bytes], session: Session, checkout: Checkout | None
@@ -109,30 +142,6 @@ class Cleaner:
                 quietly = event in self._told
                 log(event, by, quietly=quietly, pool=self._name, settings=_names(names))
                 self._told.add(event)
-
-
-async def _put_settings_back(
-    conn: BoundConnection, changed: dict[bytes, bytes | None], doubt: bool
-) -> bool:
-    """Put back what is *changed*; with *doubt*, ask as well whether the server takes no writes."""
-    configured = conn._session.configured
-    if doubt:
-        changed.setdefault(READ_ONLY, None)  # set, it may be, to what it was
-    statements: list[bytes] = []
-    if not IDENTITY.isdisjoint(changed):
-        statements += [b"RESET SESSION AUTHORIZATION", b"RESET ROLE"]
-    literal = pq.Escaping(conn.pgconn).escape_literal
-    for name, was in changed.items():
-        if name in IDENTITY or name == STANDBY:
-            continue
-        if name not in configured:
-            statements.append(b"RESET " + name)
-        elif was is not None:
-            statements.append(b"SELECT set_config('%b', %b, false)" % (name, bytes(literal(was))))
-    if doubt:
-        statements.append(_TAKES_NO_WRITES)
-    results = await run(conn, statements) if statements else []
-    return doubt and results[-1].get_value(0, 0) == b"t"
 
 
 def _names(names: Iterable[bytes]) -> str:

@@ -99,6 +99,8 @@ def settle(keeps: bool, settings: dict[str, Any], own: Mapping[str, Any]) -> int
     require_number(**given("timeout", "max_lifetime", "max_idle", "reconnect_timeout"))
     if own["leak_threshold"] is not None:
         require_number(**given("leak_threshold"))
+    if own["expected_processes"] is not None:
+        require_integer(expected_processes=(own["expected_processes"], 1))
     min_size, most = settings["min_size"], settings["max_size"]
     if keeps:
         require_sizes(min_size, most)

@@ -31,6 +31,7 @@ from ._clock import LineClock, SlowCallbacks
 from ._counters import Counters
 from ._events import listeners_of
 from ._failover import Failover
+from ._front import Front
 from ._health import Pool as Watched
 from ._health import Question
 from ._line import Line
@@ -143,6 +144,7 @@ class Life:
     failover: Failover
     storm: Storm
     watch: Watched
+    front: Front
 
     def __init__(self, pool: Pool, binding: LoopBinding, tasks: Tasks) -> None:
         options = pool._options

@@ -63,6 +63,13 @@ EVENTS = {
     "writable_server_missing": Event(
         DEBUG, 'pool "%(pool)s": no server that takes writes: %(reason)s'
     ),
+    "pooler_found": Event(
+        INFO,
+        'pool "%(pool)s" stands behind a pooler, %(mode)s: prepared statements are'
+        " %(prepared)s%(forgone)s",
+        SAID,
+    ),
+    "budget_exceeded": Event(WARNING, "%(said)s", ("pool", *SAID)),
     "not_ready": Event(INFO, 'pool "%(pool)s" is not ready: %(reason)s', ("kind",)),
     # --- who listens
     "subscriber_failed": Event(

@@ -70,7 +70,7 @@ async def _connect(life: Life, conninfo: str, kwargs: dict[str, Any]) -> Any:
         kwargs["application_name"] = life.application_name
     else:
         # libpq uses it where neither conninfo nor PGAPPNAME says otherwise.
-        kwargs.setdefault("fallback_application_name", f"poolkeeper:{life.name}")
+        kwargs.setdefault("fallback_application_name", life.front.session_name)
     # By the user's class, as psycopg_pool would: it and what it makes may be patched.
     try:
         made = await life.pool.connection_class.connect(conninfo, **kwargs)
@@ -110,6 +110,10 @@ class Maker:
             counters.count("connections_errors")
             raise
         counters.count("connections_ms", int((monotonic() - began) * 1000))
+        life.connector.answered()
+        if not await self._meet(conn, kwargs):
+            conn = await _connect(life, conninfo, kwargs)
+            await self._meet(conn, kwargs)
         _compat.set_owner(conn, life.pool)
         await self._configure(conn)
         session = conn._session
@@ -131,10 +135,21 @@ class Maker:
         count_made(life)
         connected()
         life.note_made()
+        if not life.openers:
+            life.front.tell_later(life.max_size, life.opened.site)
+
+    async def _meet(self, conn: Any, kwargs: dict[str, Any]) -> bool:
+        """Find out what it can tell; False if that has cost it, which happens once."""
+        met = False
+        try:
+            met = await self._life.front.meet(conn, kwargs)
+        finally:
+            if not met:
+                end_session(conn._session)
+        return met
 
     async def _configure(self, conn: Any) -> None:
         life = self._life
-        life.connector.answered()
         attempt = _attempt.attempt_here()
         try:
             if life.configure is not None:

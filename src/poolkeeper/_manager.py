@@ -105,6 +105,10 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             tens of microseconds for each acquire.
         pipeline: Let statements of several tasks that `execute()`, `fetchone()`, `fetchall()` and
             `fetchval()` run be under way on one connection.
+        expected_processes: How many processes open this pool, on all machines together: for
+            `ConnectionBudgetWarning`, and for ``application_name``, to which each adds its
+            number where there are several. If None, as many as uvicorn, hypercorn, gunicorn or
+            Celery have started here, or as ``WEB_CONCURRENCY`` says.
 
     Raises:
         ConfigError: If a parameter cannot work; names it.
@@ -144,6 +148,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         application_name: str | None = None,
         leak_threshold: float | None = None,
         pipeline: bool = False,
+        expected_processes: int | None = None,
     ) -> None:
         if open:
             raise bad("open", open, "None or False: open it with await manager.open()")
@@ -173,6 +178,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             num_workers=num_workers,
             application_name=application_name,
             leak_threshold=leak_threshold,
+            expected_processes=expected_processes,
         )
         self._server = self._pool._server
 
@@ -348,6 +354,12 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             OpenError: If connections cannot be made: at once when the server's reason is
                 permanent (role, password, database, host name, conninfo), after *timeout*
                 when it may pass. The reason is its ``__cause__``.
+
+        Warns:
+            ConnectionBudgetWarning: If *max_size* in each of the processes is more than the
+                server allows. Where warnings are errors, the pool is closed then.
+            DuplicatePoolWarning: If another manager is open for the same server, database and
+                user on this loop.
 
         .. versionadded:: 0.1.0
         """

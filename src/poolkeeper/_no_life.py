@@ -44,6 +44,7 @@ class Options(NamedTuple):
     reset: ConnectionCallback | Literal["discard"] | None
     application_name: str | None
     leak_threshold: float | None
+    expected_processes: int | None
 
 
 class NoLife:

@@ -23,9 +23,11 @@ from ._clock import LineClock, SlowCallbacks
 from ._closing import abandon, bury, end
 from ._events import listeners_of
 from ._failover import Failover
+from ._front import Front
 from ._life import Life, Pool
 from ._making import Maker
 from ._no_life import State
+from ._processes import expected
 from ._recovery import Connector
 from ._reporting import open_error
 from ._stock import help_growth, let_go, shrink
@@ -33,7 +35,7 @@ from ._storm import Storm
 from ._tasks import Tasks
 from ._watching import Watch, watch_for_leaks
 from ._where import Place
-from .errors import LoopMismatchError, another
+from .errors import ConnectionBudgetWarning, LoopMismatchError, another
 
 
 async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) -> None:
@@ -44,8 +46,19 @@ async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) 
     life.announce()
     if wait:
         await until_ready(life, timeout)
+        await _tell_found(life, caller)
     else:
         life.openers.unawaited = True
+
+
+async def _tell_found(life: Life, caller: str | None) -> None:
+    """Tell whoever has opened it what was found out; where that is an error, it is not open."""
+    life.front.tell()
+    try:
+        life.front.warn(life.max_size, caller)
+    except ConnectionBudgetWarning:
+        await end(life, 0.0, None)
+        raise
 
 
 def open_in_constructor(pool: Pool, warned: bool) -> None:
@@ -122,6 +135,7 @@ def _put_together(pool: Pool, binding: LoopBinding) -> Life:
     life.connector = Connector(Maker(life), loop)
     life.checks = Checks(watch, life.between)
     life.failover = Failover(watch)
+    life.front = Front(life.name, expected(pool._options.expected_processes), life.cleaner)
     life.classes = BoundClasses(pool, binding)
     binding.pool = weakref.ref(pool)
     binding.listeners = life.listeners

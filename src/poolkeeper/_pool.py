@@ -51,6 +51,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         reset: As there; or ``"discard"``, for `PoolManager`'s.
         application_name: As for `PoolManager`.
         leak_threshold: As for `PoolManager`.
+        expected_processes: As for `PoolManager`.
 
     Raises:
         ConfigError: If a parameter cannot work; names it.
@@ -92,6 +93,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
         num_workers: int = 3,
         application_name: str | None = None,
         leak_threshold: float | None = None,
+        expected_processes: int | None = None,
     ) -> None:
         settings: dict[str, Any] = {
             "conninfo": conninfo,
@@ -115,6 +117,7 @@ class BoundPool(AsyncConnectionPool[ACT]):
             "reset": reset,
             "application_name": application_name,
             "leak_threshold": leak_threshold,
+            "expected_processes": expected_processes,
         }
         most = _config.settle(self.keeps, settings, own)
         if settings["connection_class"] is not AsyncConnection:
@@ -445,6 +448,7 @@ class BoundNullPool(BoundPool[ACT], AsyncNullConnectionPool[ACT]):  # pyright: i
         num_workers: int = 3,
         application_name: str | None = None,
         leak_threshold: float | None = None,
+        expected_processes: int | None = None,
     ) -> None:
         super().__init__(
             conninfo,
@@ -467,4 +471,5 @@ class BoundNullPool(BoundPool[ACT], AsyncNullConnectionPool[ACT]):  # pyright: i
             num_workers=num_workers,
             application_name=application_name,
             leak_threshold=leak_threshold,
+            expected_processes=expected_processes,
         )

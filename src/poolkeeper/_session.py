@@ -56,6 +56,7 @@ REPORTED_PARAMETERS = (
 )
 
 READ_ONLY = b"default_transaction_read_only"
+SEARCH_PATH = b"search_path"
 STANDBY = b"in_hot_standby"  # the server's alone to change, "on" until it is promoted
 KIND_PARAMETERS = frozenset({READ_ONLY, STANDBY})
 """What tells one kind of server from another; reported since PostgreSQL 14."""

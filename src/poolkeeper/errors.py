@@ -27,6 +27,7 @@ __all__ = [
     "CallTimeout",
     "ClosedError",
     "ConfigError",
+    "ConnectionBudgetWarning",
     "DuplicatePoolWarning",
     "LoopMismatchError",
     "LoopPerCallWarning",
@@ -95,6 +96,11 @@ class PoolkeeperError(Exception):
         if self.hint:
             lines.append(f"HINT:  {self.hint}")
         return "\n".join(lines)
+
+
+def see_page(page: str) -> str:
+    """Return the sentence that sends a reader to a page of the docs."""
+    return f"See {DOCS}/{page}"
 
 
 def briefly(method: _Method) -> _Method:
@@ -321,3 +327,7 @@ class BlockedLoopWarning(UserWarning):
 
 class LoopPerCallWarning(UserWarning):
     """One line of the program runs one event loop after the other, each with a pool of its own."""
+
+
+class ConnectionBudgetWarning(UserWarning):
+    """The processes of a program may ask for more connections than the server has for them."""

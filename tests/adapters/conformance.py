@@ -254,6 +254,7 @@ class Conformance:
         assert probe.events == ["startup: 1"]
         await until(lambda: db.state == "closed")  # by a task, where no hook is told
 
+    @pytest.mark.direct
     async def test_a_pool_that_cannot_be_opened_fails_the_start_with_the_reason(
         self, dsn: str
     ) -> None:

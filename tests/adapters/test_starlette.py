@@ -242,6 +242,7 @@ async def test_the_transport_alone_says_why_there_is_no_pool(
     await db.close()
 
 
+@pytest.mark.direct
 def test_a_wrong_role_fails_the_client_when_it_is_entered(database: str) -> None:
     conninfo = psycopg.conninfo.make_conninfo(database, user="nobody_there")
     db = PoolManager(conninfo, min_size=1, name="orders")

@@ -29,6 +29,7 @@ from poolkeeper import (
     CallTimeout,
     ClosedError,
     ConfigError,
+    ConnectionBudgetWarning,
     DuplicatePoolWarning,
     LoopMismatchError,
     LoopPerCallWarning,
@@ -466,6 +467,22 @@ async def test_duplicate_pool(make_manager: MakeManager) -> None:
         message,
         """
         pool "second" is the second one open for the same server, database and user on this loop; pool "first" was opened at SITE in TASK, this one at SITE in TASK. A pool made per request or per call costs more than no pool: make one and share it
+        """,  # noqa: E501
+    )
+
+
+async def test_connection_budget(make_manager: MakeManager) -> None:
+    db = make_manager(name="orders", min_size=1, max_size=100, expected_processes=8)
+    with pytest.warns(ConnectionBudgetWarning) as caught:
+        await db.open()
+    message = caught[0].message
+    assert isinstance(message, Warning)
+    assert_text(
+        message,
+        """
+        pool "orders" may grow to 800 connections, and the server has 200 for it
+        DETAIL:  max_size=100 in each of 8 processes (expected_processes) makes 800. The server has max_connections=200.
+        HINT:  Set max_size to 25 or less, raise the limit, or put a pooler between. See DOCS#connection-budget
         """,  # noqa: E501
     )
 

@@ -75,6 +75,7 @@ async def test_the_idiomatic_block_makes_three(one: PoolManager[Any]) -> None:
         assert wire.round_trips() == 3, wire.sent()
 
 
+@pytest.mark.direct
 async def test_after_a_helper_nothing_is_idle_in_transaction(
     one: PoolManager[Any], dsn: str
 ) -> None:

@@ -105,6 +105,7 @@ async def test_a_connection_given_back_in_a_transaction_is_rolled_back(
                 assert await (await other.execute(f"select n from {table}")).fetchall() == []
 
 
+@pytest.mark.direct
 @BOTH
 async def test_a_connection_that_breaks_in_use_is_replaced(kind: str, dsn: str) -> None:
     async with pool_of(kind, dsn, min_size=1, max_size=1, timeout=5) as pool:
@@ -190,6 +191,7 @@ async def test_callbacks_are_called_as_psycopg_pool_calls_them(dsn: str) -> None
     assert {"configure", "reset", "check"} == set(called)
 
 
+@pytest.mark.direct
 @BOTH
 async def test_a_connection_that_fails_its_check_is_replaced(kind: str, dsn: str) -> None:
     async with pool_of(
@@ -210,6 +212,7 @@ async def test_a_connection_that_fails_its_check_is_replaced(kind: str, dsn: str
         assert pool.get_stats()["connections_lost"] == 1
 
 
+@pytest.mark.direct
 async def test_a_failed_connection_is_reported_to_reconnect_failed(
     dsn: str, make_manager: MakeManager
 ) -> None:
@@ -282,6 +285,7 @@ async def exercise_for_stats(pool: AsyncConnectionPool[Any]) -> None:
     await until(lambda: pool.get_stats()["pool_available"] == 1)
 
 
+@pytest.mark.direct
 async def test_statistics_have_the_same_keys_and_count_the_same(dsn: str) -> None:
     arguments: Any = {
         "min_size": 1,
@@ -402,6 +406,7 @@ async def test_drain_replaces_every_connection(kind: str, dsn: str) -> None:
             assert not before & {first.info.backend_pid, second.info.backend_pid}
 
 
+@pytest.mark.direct
 @BOTH
 async def test_check_replaces_the_idle_connections_that_are_dead(kind: str, dsn: str) -> None:
     async with pool_of(
@@ -669,6 +674,7 @@ async def test_the_warning_of_a_second_pool_is_at_the_line_that_opens_it(
         await second.close()
 
 
+@pytest.mark.direct
 async def test_no_warning_is_drawn_where_the_second_pool_is_another_thing(
     dsn: str, make_manager: MakeManager
 ) -> None:

@@ -26,7 +26,7 @@ from tests.support.server import eventually
 
 POOLS = [AsyncConnectionPool, BoundPool]
 NULL_POOLS = [AsyncNullConnectionPool, BoundNullPool]
-OURS = {"application_name", "leak_threshold"}
+OURS = {"application_name", "leak_threshold", "expected_processes"}
 
 
 async def uses(pool: Any) -> None:

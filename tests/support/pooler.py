@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import psycopg
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from typing_extensions import override
 
-from poolkeeper._embedded import EmbeddedServer, free_port
+from poolkeeper._embedded import free_port
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, eventually
 
@@ -50,51 +54,119 @@ class OwningPooler(FaultProxy):
                             status = f"{name}\0{value}\0".encode()
                             writer.write(b"S" + (len(status) + 4).to_bytes(4, "big") + status)
                     ready += 1
-                writer.write(head + body)
+                writer.write(head + self._answer(head[:1], body))
                 await writer.drain()
         writer.close()
 
+    def _answer(self, kind: bytes, body: bytes) -> bytes:
+        """Return what is passed on of an answer; as long as that."""
+        return body
 
-PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+
+class TranslatingPooler(OwningPooler):
+    """
+    Gives each client a process number of its own, and prepared statements other names.
+
+    As PgBouncer does since 1.21, if ``max_prepared_statements`` is not 0.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn, dict)
+
+    @override
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: bool = False
+    ) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            head = await reader.readexactly(4)  # of the login, which has no type
+            writer.write(head + await reader.readexactly(int.from_bytes(head, "big") - 4))
+            while True:
+                head = await reader.readexactly(5)
+                body = await reader.readexactly(int.from_bytes(head[1:], "big") - 4)
+                body = self._translated(head[:1], body)
+                writer.write(head[:1] + (len(body) + 4).to_bytes(4, "big") + body)
+                await writer.drain()
+        writer.close()
+
+    @staticmethod
+    def _translated(kind: bytes, body: bytes) -> bytes:
+        at = {b"P": 0, b"B": body.find(b"\0") + 1, b"D": 1, b"C": 1}.get(kind)
+        if at is None or (kind in b"DC" and body[:1] != b"S") or body[at : at + 1] == b"\0":
+            return body
+        return body[:at] + b"POOLER_" + body[at:]
+
+    @override
+    def _answer(self, kind: bytes, body: bytes) -> bytes:
+        return b"\x7f" + body[1:] if kind == b"K" else body
+
+
+PGBOUNCER = (
+    os.environ.get("POOLKEEPER_TEST_PGBOUNCER")
+    or shutil.which("pgbouncer")
+    or shutil.which("pgbouncer", path="/usr/sbin")
+)
 """Where PgBouncer is, if it is on this machine: there is none in a wheel."""
 
 
+@cache
+def pgbouncer_version() -> tuple[int, ...]:
+    """Return the version of `PGBOUNCER`."""
+    assert PGBOUNCER is not None
+    said = subprocess.run([PGBOUNCER, "--version"], capture_output=True, text=True, check=True)
+    return tuple(map(int, re.findall(r"\d+", said.stdout.splitlines()[0])))
+
+
+MODES = ("session", "transaction", "statement")
+
+
 @contextlib.contextmanager
-def pgbouncer(server: EmbeddedServer) -> Iterator[str]:
-    """Run a PgBouncer in transaction mode, with three connections to *server*; give its DSN."""
+def pgbouncer(dsn: str, mode: str = "transaction", **settings: object) -> Iterator[str]:
+    """
+    Run a PgBouncer in front of the server at *dsn*, for all of its databases; give its own DSN.
+
+    Everybody is let in, as the user of *dsn*. It has three connections to each database, unless
+    *settings* say otherwise.
+    """
     assert PGBOUNCER is not None
     port = free_port()
-    config = server.directory / "pgbouncer.ini"
-    config.write_text(
-        f"""
-        [databases]
-        postgres = host=127.0.0.1 port={server.port} user=postgres pool_size=3
-        [pgbouncer]
-        listen_addr = 127.0.0.1
-        listen_port = {port}
-        unix_socket_dir =
-        auth_type = any
-        pool_mode = transaction
-        """
-    )
-    config.chmod(0o644)
-    # It refuses to run as root, as the server does.
-    user = server.directory.stat().st_uid if os.geteuid() == 0 else None
-    process = subprocess.Popen(
-        [PGBOUNCER, "-q", config],
-        user=user,
-        cwd=server.directory,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        dsn = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-        assert eventually(lambda: _answers(dsn))
-        yield dsn
-    finally:
-        process.kill()
-        process.wait()
+    server = conninfo_to_dict(dsn)
+    user = server.get("user") or "postgres"
+    lines = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "any",
+        "pool_mode": mode,
+        "default_pool_size": 3,
+        "max_client_conn": 500,
+        **settings,
+    }
+    with tempfile.TemporaryDirectory(prefix="poolkeeper-", ignore_cleanup_errors=True) as directory:
+        config = Path(directory) / "pgbouncer.ini"
+        config.write_text(
+            f"[databases]\n* = host={server['host']} port={server['port']} user={user}\n"
+            "[pgbouncer]\n" + "\n".join(f"{name} = {value}" for name, value in lines.items())
+        )
+        as_user = None
+        if os.geteuid() == 0:  # it refuses to run as root, as the server does
+            as_user = "nobody"
+            shutil.chown(directory, as_user)
+            config.chmod(0o644)
+        process = subprocess.Popen(
+            [PGBOUNCER, "-q", config],
+            user=as_user,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            through = make_conninfo(dsn, host="127.0.0.1", port=port)
+            assert eventually(lambda: _answers(through))
+            yield through
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _answers(dsn: str) -> bool:

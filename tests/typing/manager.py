@@ -274,6 +274,7 @@ async def arguments() -> None:
         open_timeout=5,
         close_timeout=5,
         application_name="orders",
+        expected_processes=4,
     )
 
 

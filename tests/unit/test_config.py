@@ -55,6 +55,7 @@ def named(value: object) -> str:
 BAD: list[tuple[str, Any]] = [
     *[(name, value) for name in SECONDS for value in (-1, -0.5, math.nan, "5", None, True, [1])],
     *[("leak_threshold", value) for value in (-1, -0.5, math.nan, "5", True, [1])],
+    *[("expected_processes", value) for value in (0, -1, 1.0, "4", True)],
     *[("min_size", value) for value in (-1, 1.0, "4", None, True)],
     *[("max_size", value) for value in (-1, 0, 3, 4.0, "4", True)],
     *[("max_waiting", value) for value in (-1, 1.0, "4", None, False)],
@@ -229,6 +230,8 @@ def test_no_value_that_may_hold_a_password_is_in_the_error(where: str) -> None:
         {"name": "orders"},
         {"name": None, "application_name": None},
         {"application_name": ""},
+        {"expected_processes": None},
+        {"expected_processes": 1},
         {"close_returns": True},
         {"max_waiting": 0},
         {"num_workers": 1},

@@ -24,6 +24,7 @@ from poolkeeper.errors import (
     CallTimeout,
     ClosedError,
     ConfigError,
+    ConnectionBudgetWarning,
     DuplicatePoolWarning,
     LoopMismatchError,
     LoopPerCallWarning,
@@ -60,6 +61,7 @@ BASES = {
     DuplicatePoolWarning: (UserWarning,),
     BlockedLoopWarning: (UserWarning,),
     LoopPerCallWarning: (UserWarning,),
+    ConnectionBudgetWarning: (UserWarning,),
 }
 
 ERRORS = [cls for cls in BASES if issubclass(cls, PoolkeeperError)]

@@ -1,0 +1,243 @@
+"""On open: more connections than the server has are warned of, and who is who is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from poolkeeper import BoundPool, ConnectionBudgetWarning, PoolManager
+from poolkeeper._embedded import EmbeddedServer, free_port
+from tests.support.server import PASSWORD, admin, eventually
+
+# The server has max_connections=12, 3 of them for superusers.
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WEB_CONCURRENCY", raising=False)
+
+
+@pytest.fixture
+def small(scram_server: EmbeddedServer) -> str:
+    return scram_server.dsn(user="app", password=PASSWORD)
+
+
+@asynccontextmanager
+async def opened(dsn: str, **arguments: Any) -> AsyncIterator[list[str]]:
+    """Open a pool; give what it warns of, also later."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with PoolManager(dsn, **{"name": "orders", "min_size": 1} | arguments) as db:
+            said: list[str] = []
+            await db.fetchval("select 1")
+            for one in caught:
+                assert one.category is ConnectionBudgetWarning
+                assert one.filename == __file__
+                said.append(str(one.message))
+            yield said
+
+
+async def test_more_than_there_are_is_told_with_the_arithmetic(small: str) -> None:
+    async with opened(small, max_size=5, expected_processes=2) as (said,):
+        first, detail, hint = said.splitlines()
+        assert first == 'pool "orders" may grow to 10 connections, and the server has 9 for it'
+        assert detail == (
+            "DETAIL:  max_size=5 in each of 2 processes (expected_processes) makes 10."
+            " The server has max_connections=12, 3 of them reserved."
+        )
+        assert hint.startswith("HINT:  Set max_size to 4 or less, ")
+        assert "poolkeeper explain connection-budget" in hint
+
+
+async def test_what_fits_is_not_told(small: str) -> None:
+    async with opened(small, max_size=9) as said:
+        assert said == []
+    async with opened(small, max_size=3, expected_processes=3) as said:
+        assert said == []
+
+
+async def test_a_superuser_may_have_all_of_them(scram_server: EmbeddedServer) -> None:
+    async with opened(scram_server.dsn(), max_size=12) as said:
+        assert said == []
+    async with opened(scram_server.dsn(), max_size=13) as (told,):
+        assert "has 12 for it" in told
+
+
+@pytest.fixture
+def limited(scram_server: EmbeddedServer) -> Iterator[str]:
+    """A role and a database of the test's own, each with a limit."""
+    dsn = scram_server.dsn()
+    admin(dsn, f"create role few login password '{PASSWORD}' connection limit 4")
+    admin(dsn, "create database few connection limit 2")
+    yield scram_server.dsn(user="few", password=PASSWORD)
+    admin(dsn, "drop database few with (force)")
+    admin(dsn, "drop role few")
+
+
+async def test_the_limits_of_role_and_database_count(
+    limited: str, scram_server: EmbeddedServer
+) -> None:
+    async with opened(limited, max_size=5) as (said,):
+        assert "has 4 for it" in said
+        assert "The role has a CONNECTION LIMIT of 4." in said
+    async with opened(psycopg.conninfo.make_conninfo(limited, dbname="few"), max_size=3) as (said,):
+        assert "has 2 for it" in said
+        assert "The database has a CONNECTION LIMIT of 2." in said
+    few = scram_server.dsn(dbname="few")
+    async with opened(few, max_size=12) as said:  # a superuser is not limited
+        assert said == []
+
+
+async def test_it_is_told_once_for_each_life(small: str) -> None:
+    db = PoolManager(small, min_size=1, max_size=10)
+    for _ in range(2):
+        with pytest.warns(ConnectionBudgetWarning) as caught:
+            await asyncio.gather(db.open(), db.open(), db.open())
+        await db.open()
+        assert len(caught) == 1
+        await db.close()
+
+
+async def test_where_it_is_an_error_nothing_is_left(small: str, scram_server: Any) -> None:
+    db = PoolManager(small, min_size=2, max_size=10, name="strict")
+    with pytest.raises(ConnectionBudgetWarning):
+        await db.open()
+    assert db.state == "closed"
+    count = "select count(*) from pg_stat_activity where application_name = 'poolkeeper:strict'"
+    assert eventually(lambda: admin(scram_server.dsn(), count) == [(0,)])
+
+
+@pytest.mark.parametrize("arguments", [{"min_size": 0}, {"open": False}])
+async def test_what_is_found_out_later_is_told_for_the_line_that_opened_it(
+    small: str, arguments: dict[str, Any]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with BoundPool(small, **{"open": False, "max_size": 10} | arguments) as pool:
+            async with pool.connection():
+                pass
+            await asyncio.sleep(0)
+            (told,) = caught
+            assert told.category is ConnectionBudgetWarning
+            assert Path(told.filename).resolve() == Path(__file__)
+
+
+async def test_what_is_found_out_later_is_logged_where_warnings_are_errors(
+    small: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with PoolManager(small, min_size=0, max_size=10, name="orders") as db:
+        await db.fetchval("select 1")
+    (record,) = (r for r in caplog.records if r.name == "poolkeeper")
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith('pool "orders" may grow to 10 connections')
+    assert vars(record)["event_name"] == "poolkeeper.budget_exceeded"
+
+
+async def test_a_server_that_does_not_tell_is_asked_no_more(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some that speak the protocol have no such tables; what they refuse costs nothing."""
+    from poolkeeper import _front
+
+    monkeypatch.setattr(_front, "_LIMITS", b"SELECT nothing_of_the_kind()")
+    async with PoolManager(dsn, min_size=2, max_size=1000) as db:
+        assert await db.fetchval("select 1") == 1
+        assert db.snapshot().total == 2
+
+
+# --- who is who ----------------------------------------------------------------------------------
+
+NAMES = "select application_name from pg_stat_activity where application_name like %s order by 1"
+
+
+async def test_of_several_processes_each_has_its_number(dsn: str) -> None:
+    async with PoolManager(dsn, min_size=1, name="several", expected_processes=2) as db:
+        assert admin(dsn, NAMES, ("%several%",)) == [(f"poolkeeper:several:{os.getpid()}",)]
+        assert await db.fetchval("show application_name") == f"poolkeeper:several:{os.getpid()}"
+
+
+async def test_a_name_of_the_users_own_stays(dsn: str) -> None:
+    arguments: dict[str, Any] = {"min_size": 1, "expected_processes": 2}
+    async with PoolManager(dsn, application_name="mine", **arguments) as db:
+        assert await db.fetchval("show application_name") == "mine"
+    named = psycopg.conninfo.make_conninfo(dsn, application_name="theirs")
+    async with PoolManager(named, **arguments) as db:
+        assert await db.fetchval("show application_name") == "theirs"
+
+
+# --- what has started the workers says how many there are ---------------------------------------
+
+APP = """
+import os
+
+from poolkeeper import PoolManager
+
+db = PoolManager(os.environ["DATABASE_URL"], min_size=1, max_size=5, name="workers")
+
+
+async def app(scope, receive, send):
+    assert scope["type"] == "lifespan"
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await db.open()
+        else:
+            await db.close()
+        await send({"type": message["type"] + ".complete"})
+"""
+
+SERVERS = {
+    "uvicorn": ("-m", "uvicorn", "app:app", "--workers", "2", "--port"),
+    "hypercorn": ("-m", "hypercorn", "app:app", "--workers", "2", "--bind"),
+    "gunicorn": (
+        "-m",
+        "gunicorn",
+        "app:app",
+        "-w",
+        "2",
+        "-k",
+        "uvicorn_worker.UvicornWorker",
+        "-b",
+    ),
+}
+
+
+def test_what_has_started_the_workers_says_how_many_there_are(small: str, tmp_path: Path) -> None:
+    """Each of the two warns, and shows under a name of its own."""
+    (tmp_path / "app.py").write_text(APP)
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for server, command in SERVERS.items():
+            where = f"127.0.0.1:{free_port()}" if command[-1].startswith(("--b", "-b")) else ""
+            with (tmp_path / f"{server}.log").open("wb") as log:
+                started[server] = subprocess.Popen(
+                    [sys.executable, *command, where or str(free_port())],
+                    cwd=tmp_path,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env={**os.environ, "DATABASE_URL": small, "PYTHONWARNINGS": "always"},
+                )
+
+        def output(server: str) -> str:
+            return (tmp_path / f"{server}.log").read_text(errors="replace")
+
+        for server in SERVERS:
+            said = f"max_size=5 in each of 2 processes ({server}, workers) makes 10."
+            assert eventually(lambda: output(server).count(said) == 2, 40), output(server)  # noqa: B023
+    finally:
+        for process in started.values():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
