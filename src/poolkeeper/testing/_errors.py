@@ -15,6 +15,8 @@ class SandboxError(PoolkeeperError, RuntimeError):
     .. versionadded:: 0.1.0
     """
 
+    __module__ = "poolkeeper.testing"
+
 
 class OwnershipError(SandboxError):
     """
@@ -23,6 +25,8 @@ class OwnershipError(SandboxError):
     .. versionadded:: 0.1.0
     """
 
+    __module__ = "poolkeeper.testing"
+
 
 class LeftBehindError(PoolkeeperError, AssertionError):
     """
@@ -30,6 +34,8 @@ class LeftBehindError(PoolkeeperError, AssertionError):
 
     .. versionadded:: 0.1.0
     """
+
+    __module__ = "poolkeeper.testing"
 
 
 A_DATABASE = "give the test a database of its own, where it may commit: fresh_database"
