@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from ._line import Line
 from ._snapshot import LoadRow
+from ._status import ACTIVE, IDLE, INERROR, UNKNOWN
 from ._where import Code, asker, function_of, site
 
 
@@ -100,6 +101,24 @@ class Checkout:
         self.stack: traceback.StackSummary | None = None
         self.name = ""
         """Name of the task, once the connection was given back."""
+
+    def note_exchange(self, status: int, seconds: float, now: float) -> None:
+        """
+        Note that something was asked of the server.
+
+        Args:
+            status: libpq's transaction status after it.
+            seconds: How long it took.
+            now: When it ended.
+        """
+        # Neither in the middle of a stream, nor lost: what was before is what counts then.
+        if status != self.left_in and status != ACTIVE and status != UNKNOWN:
+            self.failed_later = status == INERROR and self.left_in != IDLE
+            self.left_in = status
+        self.changed_at = now
+        self.busy_seconds += seconds
+        self.busy_since = 0.0
+        self.used += 1
 
     @property
     def reported(self) -> bool:

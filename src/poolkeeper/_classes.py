@@ -21,6 +21,7 @@ from ._binding import LoopBinding
 from ._connection import (
     BoundConnection,
     BoundLock,
+    GuardedWait,
     Keeper,
     ReleasedConnection,
     RevokedConnection,
@@ -45,6 +46,7 @@ def bound_class(
     users = () if user_class is AsyncConnection else (user_class,)
     bound = derive(
         "Bound",
+        *(() if _leaves_to_psycopg(user_class, "wait") else (GuardedWait,)),
         BoundConnection,
         *users,
         WaitingConnection,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
+from asyncio import _get_running_loop
 from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import suppress
 from time import monotonic
@@ -27,7 +28,7 @@ from typing_extensions import TypeVar, override
 from ._binding import LoopBinding
 from ._checkouts import Checkout
 from ._session import Handle, Session, SharedAdapters, shut_down
-from ._status import ACTIVE, BAD, IDLE, INERROR, UNKNOWN
+from ._status import ACTIVE, BAD, IDLE
 from ._waiting import Patience
 from ._where import Handler, Place
 from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
@@ -56,7 +57,7 @@ class BoundLock(asyncio.Lock):
     """
     The lock of a connection, for its owner loop only.
 
-    `BoundConnection.wait()` comes too late: a stranger would wait for the lock first, while
+    `wait()` comes too late: a stranger would wait for the lock first, while
     its owner is at work, with nobody to wake it; and to let a lock go from another thread
     leaves the owner's own tasks asleep.
     """
@@ -76,14 +77,17 @@ class BoundLock(asyncio.Lock):
 
     @override
     def __aenter__(self) -> Awaitable[Any]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        if self._locked or self._waiters or not self._binding.is_here():
+        loop = _get_running_loop()
+        if self._locked or self._waiters or loop is None or loop is not self._binding.owner_loop():
             return self.acquire()
         self._locked = True
         return _DONE
 
     @override
     def __aexit__(self, *_: object) -> Awaitable[None]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.release()
+        if self._waiters or not self._locked:
+            self.release()
+        self._locked = False
         return _DONE
 
 
@@ -129,46 +133,6 @@ class BoundConnection(Handle):
     async def connect(cls, *args: Any, **kwargs: Any) -> Any:
         # What somebody makes with the class of a connection is that one's own.
         return await cls._user_class.connect(*args, **kwargs)
-
-    @override
-    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        # Every I/O of a connection, its cursors, transactions, pipelines and copies ends here.
-        if not self._binding.is_here():
-            raise self._binding.mismatch("work on one of its connections")
-        self._under_way = gen
-        checkout = self._checkout
-        if checkout is None:  # the pool itself is at work on it
-            try:
-                return await super().wait(gen, *args, **kwargs)
-            finally:
-                self._under_way = None
-        session = self._session
-        began = checkout.busy_since = monotonic()
-        try:
-            # The arguments go on as they came: psycopg 3.3.0 knows no "timeout" yet.
-            return await super().wait(gen, *args, **kwargs)
-        except psycopg.errors.ReadOnlySqlTransaction:
-            session.doubt()  # a read-only transaction of the borrower's, or a fail-over
-            raise
-        except psycopg.Error as ex:
-            if isinstance(self, ReleasedConnection):
-                raise self.given_back_at_work() from ex
-            raise
-        finally:
-            self._under_way = None
-            if checkout.session is None:
-                # Taken away meanwhile. What is under way shall see that it is closed, and end
-                # with the error that it has.
-                session.finish()
-            status = session.pgconn.transaction_status
-            # Neither in the middle of a stream, nor lost: what was before is what counts then.
-            if status != checkout.left_in and status != ACTIVE and status != UNKNOWN:
-                checkout.failed_later = status == INERROR and checkout.left_in != IDLE
-                checkout.left_in = status
-            checkout.changed_at = session.heard_at = now = monotonic()
-            checkout.busy_seconds += now - began
-            checkout.busy_since = 0.0
-            checkout.used += 1
 
     @property
     @override
@@ -327,6 +291,34 @@ class BoundConnection(Handle):
             elif looks >= 5:
                 return False
         return True
+
+
+class GuardedWait(AsyncConnection[Any]):
+    """
+    Stands above a user's class that has a ``wait()`` of its own, which may do without ours.
+
+    Who uses it shall be where the pool belongs, and what it does be noted all the same.
+    """
+
+    _binding: ClassVar[LoopBinding]
+    _session: Session
+    _checkout: Checkout | None
+    _under_way: PQGen[Any] | None
+
+    @override
+    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        # The arguments go on as they came: psycopg 3.3.0 knows no "timeout" yet.
+        if not self._binding.is_here():
+            raise self._binding.mismatch("work on one of its connections")
+        checkout, began = self._checkout, monotonic()
+        self._under_way = gen
+        try:
+            return await super().wait(gen, *args, **kwargs)
+        finally:
+            self._under_way = None
+            if checkout is not None and checkout.changed_at < began:  # it did without ours
+                self._session.heard_at = now = monotonic()
+                checkout.note_exchange(self._session.pgconn.transaction_status, now - began, now)
 
 
 class RetiredConnection(BoundConnection):

@@ -39,8 +39,9 @@ from ._life import Life
 from ._line import Place
 from ._releasing import release
 from ._session import Session
-from ._waiting import Stop, Wire, in_own_task
+from ._waiting import Stop, in_own_task
 from ._where import Code
+from ._wire import Wire
 
 TEXT = pq.Format.TEXT
 BAD = pq.ConnStatus.BAD

@@ -243,7 +243,11 @@ async def _end_what_runs(life: Life, conn: Any, cancelling: set[object] | None) 
         life.between.now(session, "waiting for a request to cancel")
         if not await _have_ended(cancelling):
             session.finish()
-    if pgconn.pipeline_status != NO_PIPELINE and not conn.leave_pipeline():
+    if (
+        pgconn.pipeline_status != NO_PIPELINE
+        and pgconn.transaction_status != UNKNOWN  # lost
+        and not conn.leave_pipeline()
+    ):
         log("connection_in_pipeline", pool=life.name)
         session.finish()
     if pgconn.transaction_status == ACTIVE:

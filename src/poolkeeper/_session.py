@@ -32,7 +32,7 @@ from typing_extensions import override
 from ._binding import LoopBinding
 from ._checkouts import Checkout
 from ._status import BAD, UNKNOWN
-from ._waiting import Wire
+from ._wire import Wire
 
 H = TypeVar("H", bound="Handle")
 

@@ -63,7 +63,14 @@ class Tasks:
         In the context of `open()`, but for `check`, which is called for a request.
         """
         context = copy_context() if callers_context else self.context.copy()
-        task = context.run(self._loop.create_task, work(), name=f"{self._binding.name}-{name}")
+        coroutine = work()
+        try:
+            task = context.run(
+                self._loop.create_task, coroutine, name=f"{self._binding.name}-{name}"
+            )
+        except BaseException:  # RecursionError, say: it is not to keep what it works on
+            coroutine.close()
+            raise
         self.running.add(task)
         task.add_done_callback(self._ended)
         return task

@@ -1,9 +1,9 @@
 """
 How a connection waits for the server, and what is done when nobody wants to wait any more.
 
-A `Wire` watches the socket of a session for as long as that lives: to tell the event loop of it
-anew for each exchange, and to start a timer, costs more than all guards together.
-`WaitingConnection` drives psycopg's generators on it.
+`WaitingConnection` drives psycopg's generators on the `Wire` of the session. Every exchange of a
+connection, its cursors, transactions, pipelines and copies ends in its `wait()`: there the loop
+is checked, and the checkout notes how long the server was asked.
 
 An exchange that is cancelled is not over. The server is asked to stop it, and its end is read,
 which keeps the connection good; a second cancellation would interrupt this and cost the
@@ -15,264 +15,30 @@ connection. So it is done in a task that nobody cancels. Then the cancellation g
 from __future__ import annotations
 
 import asyncio
-import select
-import socket
-import weakref
-from asyncio import get_running_loop
+from asyncio import _get_running_loop
 from collections.abc import Coroutine
 from contextlib import suppress
-from contextvars import Context
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, pq, waiting
+from psycopg import AsyncConnection
 from psycopg.abc import PQGen
 from typing_extensions import override
 
+from ._begin import begins_with_query, with_begin
 from ._binding import LoopBinding
 from ._log import log
+from ._status import ACTIVE, IDLE, NO_PIPELINE
+from ._wire import BUSY, READ, WRITE, Wire, closed_error
 
 T = TypeVar("T")
-
-READ = waiting.Wait.R
-WRITE = waiting.Wait.W
-READABLE = waiting.Ready.R
-WRITABLE = waiting.Ready.W
-NOT_READY = waiting.Ready.NONE
-
-ACTIVE = pq.TransactionStatus.ACTIVE
-NO_PIPELINE = pq.PipelineStatus.OFF
 
 CANCEL_GRACE = 1.0
 """Seconds that a server has to stop a query of which nobody wants the result any more."""
 
 TICK = 0.1
 """Seconds that one look at a query which is being stopped takes, and counts, at most."""
-
-LOOK = 0.25
-"""Seconds between looks at a socket that is waited for, however quiet the event loop is."""
-
-BUSY = 0.005
-"""Seconds after which a task that never has to wait for its socket lets others run."""
-
-
-class Told(Protocol):
-    """What a wire tells that its socket is ready, or gone: a future, or what stands in for one."""
-
-    def done(self) -> bool:
-        """Tell whether it needs no telling any more."""
-        ...
-
-    def set_result(self, ready: int, /) -> None:
-        """Go on: the socket is *ready*."""
-        ...
-
-    def set_exception(self, error: BaseException, /) -> None:
-        """Go on: the connection is closed."""
-        ...
-
-
-class Wire:
-    """
-    The socket of one session, as the event loop sees it.
-
-    It is watched from the first exchange on. What comes while nobody waits is nobody's to read
-    (a notification, a stream's next rows, the end of the session): the wire is let go then, or
-    the loop would call again and again, and is watched anew by the next exchange.
-
-    What is watched is a duplicate of libpq's descriptor. libpq closes its own where it likes, in
-    the middle of a read, and the number may be another socket's at once, of which the loop would
-    then believe that it is watched already. So nothing has to happen in time before that. And
-    whoever watches the connection's own descriptor, as its ``fileno()`` allows, is not disturbed.
-
-    Attributes:
-        asked: For what it is waited, for reading mostly.
-        looking: True while the timer of a look runs.
-        socket: libpq's descriptor.
-        watched: True while the loop watches.
-        waiter: What is done when the socket is ready, while somebody waits.
-        busy_since: Since when nobody had to wait; 0.0 if somebody has since.
-    """
-
-    __slots__ = (
-        "__weakref__", "_binding", "_descriptor", "asked", "busy_since", "looking", "socket",
-        "waiter", "watched",
-    )  # fmt: skip
-
-    def __init__(self, fileno: int, binding: LoopBinding) -> None:
-        self.socket = fileno
-        self.watched = self.looking = False
-        self.asked: int = READ
-        self.waiter: Told | None = None
-        self.busy_since = 0.0
-        self._binding = binding
-        self._descriptor = -1
-
-    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let *loop*, which is the owner's and runs, watch the socket."""
-        # Neither does the loop keep the session alive, nor the session the request (by its
-        # context) that happened to be the first.
-        reference: weakref.ref[Wire] = weakref.ref(self)
-        Context().run(loop.add_reader, self.descriptor, _on_readable, reference)
-        self.watched = True
-
-    @property
-    def descriptor(self) -> int:
-        """What is watched."""
-        if self._descriptor < 0:
-            self._descriptor = socket.dup(self.socket)
-        return self._descriptor
-
-    def look_later(self, loop: asyncio.AbstractEventLoop) -> None:
-        """
-        Look at the socket in a while, and from then on until nobody waits.
-
-        uvloop does not call for a socket that has failed (a connection that was reset, say), and
-        watches it no more (0.23). psycopg finds that out by a timer for each exchange.
-        """
-        reference: weakref.ref[Wire] = weakref.ref(self)
-        loop.call_later(LOOK, _look, reference, context=Context())
-        self.looking = True
-
-    def look(self) -> None:
-        """Wake who waits for the socket if it is ready."""
-        self.looking = False
-        waiter = self.waiter
-        if waiter is None or waiter.done():
-            return  # the next exchange starts the timer again
-        if found := self._ready_now(self.asked):
-            self.unwatch()
-            waiter.set_result(found)
-        else:
-            self.look_later(get_running_loop())
-
-    def unwatch(self) -> None:
-        """Let the owner loop, which must be the running one, watch it no more."""
-        if self.watched:
-            self.watched = False
-            get_running_loop().remove_reader(self._descriptor)
-
-    async def ready(self, state: int, seconds: float | None) -> int:
-        """Wait until the socket is ready for *state*, *seconds* at most; return for what it is."""
-        loop = get_running_loop()
-        await self.let_others_run()
-        # uvloop watches a socket no more once it has told of an error there, as of a session
-        # that the server has ended: a look at the socket still tells.
-        if found := self._ready_now(state):
-            return found
-        if not state & READ:
-            self.unwatch()  # nobody is going to read what comes, and it would come on each turn
-        waiter: asyncio.Future[int] = loop.create_future()
-        self.waiter = waiter
-        self.asked = state
-        timer = None if seconds is None else loop.call_later(seconds, _wake, waiter, NOT_READY)
-        try:
-            if not self.looking:
-                self.look_later(loop)
-            if state & READ and not self.watched:
-                self.watch(loop)
-            if state & WRITE:
-                loop.add_writer(self.descriptor, _wake, waiter, WRITABLE)
-            return await waiter
-        finally:
-            self.waiter = None
-            self.asked = READ
-            self.busy_since = 0.0
-            if timer is not None:
-                timer.cancel()
-            if state & WRITE and self._descriptor >= 0:
-                loop.remove_writer(self._descriptor)
-
-    async def let_others_run(self) -> None:
-        """Give the loop a turn if a task has had no need to wait for long: COPY, say."""
-        if not self.busy_since:
-            self.busy_since = monotonic()
-        elif monotonic() - self.busy_since > BUSY:
-            await asyncio.sleep(0)
-            self.busy_since = 0.0
-
-    def _ready_now(self, state: int) -> int:
-        """Return for which part of *state* the socket is ready now."""
-        fileno = self.socket if self._descriptor < 0 else self._descriptor
-        reads, writes = state & READ, state & WRITE
-        if hasattr(select, "poll"):
-            poller = select.poll()
-            poller.register(
-                fileno, (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0)
-            )
-            events = sum(event for _, event in poller.poll(0))
-            ended = events & (select.POLLERR | select.POLLHUP)
-            readable = reads and (events & select.POLLIN or ended)
-            writable = writes and (events & select.POLLOUT or ended)
-        else:  # Windows
-            readable, writable, _ = select.select(  # type: ignore[assignment]
-                [fileno] if reads else [], [fileno] if writes else [], [], 0
-            )
-        return (READABLE if readable else 0) | (WRITABLE if writable else 0)
-
-    @property
-    def pool(self) -> str:
-        """The name of the pool that it belongs to."""
-        return self._binding.name
-
-    def let_go(self) -> None:
-        """
-        Let the loop forget the socket, for now or for good. May be called in any thread.
-
-        In a forked child nothing is touched: the selector is the parent's.
-        """
-        descriptor = self._descriptor
-        if descriptor < 0 or self._binding.forked:
-            return
-        watched, self.watched, self._descriptor = self.watched, False, -1
-        loop = self._binding.loop
-        gone = loop is None or loop.is_closed()
-        # Who waits on a loop that is closed waits for ever, and cannot be told.
-        if (waiter := self.waiter) is not None and not waiter.done() and not gone:
-            waiter.set_exception(_closed())
-        if loop is None or gone or not watched:
-            socket.close(descriptor)
-        elif self._binding.is_here() or not loop.is_running():
-            _forget(loop, descriptor)
-        else:
-            try:  # the collector has come by in another thread
-                loop.call_soon_threadsafe(_forget, loop, descriptor)
-            except RuntimeError:  # the loop was closed meanwhile
-                socket.close(descriptor)
-
-    def __del__(self) -> None:
-        self.let_go()
-
-
-def _forget(loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
-    loop.remove_reader(descriptor)
-    socket.close(descriptor)
-
-
-def _on_readable(reference: weakref.ref[Wire]) -> None:
-    wire = reference()
-    if wire is None:
-        return  # it is being let go
-    waiter = wire.waiter
-    if waiter is None:
-        wire.let_go()
-    elif not waiter.done():
-        waiter.set_result(READABLE)
-
-
-def _look(reference: weakref.ref[Wire]) -> None:
-    if (wire := reference()) is not None:
-        wire.look()
-
-
-def _wake(waiter: asyncio.Future[int], ready: int) -> None:
-    if not waiter.done():
-        waiter.set_result(ready)
-
-
-def _closed() -> psycopg.OperationalError:
-    return psycopg.OperationalError("connection socket closed")
 
 
 class WaitingConnection(AsyncConnection[Any]):
@@ -282,14 +48,19 @@ class WaitingConnection(AsyncConnection[Any]):
     Stands below the user's class, whose own ``wait()``, if it has one, comes first.
     """
 
+    _binding: ClassVar[LoopBinding]
     _session: Any
+    _checkout: Any
+    _under_way: PQGen[Any] | None
 
     @override
     async def wait(
         self, gen: PQGen[T], interval: float | None = None, timeout: float | None = None
     ) -> T:
         """
-        Do what psycopg's does, on the wire.
+        Do what psycopg's does, on the wire, for who is on the owner loop.
+
+        One coroutine, without those that it could be put together from: each query pays for it.
 
         Args:
             gen: Of psycopg's, for an exchange.
@@ -297,26 +68,44 @@ class WaitingConnection(AsyncConnection[Any]):
                 ``notifies()``. Otherwise there is no need to: who cancels is heard at once.
             timeout: Seconds after which the exchange fails.
         """
+        loop = _get_running_loop()
+        if loop is None or loop is not self._binding.owner_loop():
+            raise self._binding.mismatch("work on one of its connections")
+        session, checkout = self._session, self._checkout
         pgconn: Any = self.pgconn
-        wire: Wire = self._session.wire
-        if wire.socket != pgconn.socket:  # which raises if the connection is closed
-            wire.let_go()
-            wire.socket = pgconn.socket
+        wire: Wire = session.wire
+        began = monotonic()
+        self._under_way = gen
+        if checkout is not None:  # else the pool itself is at work on it
+            checkout.busy_since = began
         state: int | None = None
         try:
+            if wire.socket != pgconn.socket:  # which raises if the connection is closed
+                wire.let_go()
+                wire.socket = pgconn.socket
+            if (
+                not self._autocommit
+                and pgconn.transaction_status == IDLE
+                and begins_with_query(self, gen)
+            ):
+                gen = with_begin(self, gen)
             try:
                 state = next(gen)
             except StopIteration as done:
-                await wire.let_others_run()
+                if not wire.busy_since or began - wire.busy_since > BUSY:
+                    await wire.let_others_run()
                 return done.value  # type: ignore[no-any-return]
-            loop = get_running_loop()
-            until = None if timeout is None else monotonic() + timeout
-            simple = until is interval is None
+            until = None if timeout is None else began + timeout
+            fresh = until is interval is None
             while True:
-                if simple and state == READ:
+                if state & WRITE and (ready := wire.ready_now(state)):
+                    # A socket nearly always is: each step of a pipeline comes here.
+                    if not wire.busy_since or monotonic() - wire.busy_since > BUSY:
+                        await wire.let_others_run()
+                elif fresh and state == READ:
                     # As wire.ready() does, without its look at the socket: each query comes here
                     # once, with no answer yet.
-                    simple = False
+                    fresh = False
                     waiter = wire.waiter = loop.create_future()
                     try:
                         if not wire.watched:
@@ -330,7 +119,7 @@ class WaitingConnection(AsyncConnection[Any]):
                 else:
                     ready = await wire.ready(state, _seconds(interval, until))
                 if pgconn.pgconn_ptr is None:
-                    raise _closed()  # psycopg's generators, in C, would use what is freed
+                    raise closed_error()  # psycopg's generators, in C, would use what is freed
                 state = gen.send(ready)
                 if until is not None and monotonic() >= until:
                     raise psycopg.errors._WaitTimeout("wait timeout expired")
@@ -340,8 +129,28 @@ class WaitingConnection(AsyncConnection[Any]):
             if pgconn.transaction_status == ACTIVE or pgconn.pipeline_status != NO_PIPELINE:
                 await in_own_task(_StopExchange(self, gen, state).run())
             raise
-        except OSError as ex:
-            raise _closed() from ex
+        except (psycopg.Error, OSError) as ex:
+            self._note_failure(ex)
+            raise
+        finally:
+            self._under_way = None
+            if checkout is not None:
+                if checkout.session is None:
+                    # Taken away meanwhile. What is under way shall see that it is closed, and end
+                    # with the error that it has.
+                    session.finish()
+                session.heard_at = now = monotonic()
+                checkout.note_exchange(pgconn.transaction_status, now - began, now)
+
+    def _note_failure(self, ex: Exception) -> None:
+        """Note that an exchange has failed; raise what it is to be called, if it has no name."""
+        if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
+            if self._checkout is not None:
+                self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
+        elif given_back := getattr(self, "given_back_at_work", None):
+            raise given_back() from ex
+        elif isinstance(ex, OSError):
+            raise closed_error() from ex
 
 
 def _seconds(interval: float | None, until: float | None) -> float | None:

@@ -380,7 +380,8 @@ async def test_anyio_scopes(ten: PoolManager[Any]) -> None:
             async with ten.connection() as conn:
                 await conn.execute("select pg_sleep(0.02)")
                 await conn.execute("select pg_sleep(0.02)")
-        assert scope.cancelled_caught == scope.cancel_called
+        # The time may be up in the very turn in which the block ends by itself.
+        assert scope.cancelled_caught <= scope.cancel_called
         caught += scope.cancelled_caught
 
     for seconds in (0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.041):

@@ -18,7 +18,7 @@ import pytest
 
 from poolkeeper import PoolManager
 from poolkeeper._binding import LoopBinding
-from poolkeeper._waiting import READ, READABLE, WRITABLE, WRITE, Wire
+from poolkeeper._wire import READ, READABLE, WRITABLE, WRITE, Wire
 from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.server import admin, kill_sessions
