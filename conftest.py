@@ -24,6 +24,7 @@ from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.pooler import MODES, PGBOUNCER, pgbouncer
 from tests.support.proxy import FaultProxy
+from tests.support.redis import REDIS
 from tests.support.server import admin, make_roles
 
 pytest_plugins = ["pytest_poolkeeper"]
@@ -68,7 +69,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     debug = "on" if os.environ.get("PYTHONASYNCIODEBUG") else "off"
     return (
         f"poolkeeper: postgres={_server(config)}, loop={config.getoption('--loop')},"
-        f" asyncio debug {debug}, pgbouncer={PGBOUNCER or 'not installed: its tests are left out'}"
+        f" asyncio debug {debug}, pgbouncer={PGBOUNCER or 'not installed: its tests are left out'},"
+        f" redis={REDIS or 'not installed: those of workers are left out'}"
     )
 
 

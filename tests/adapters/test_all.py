@@ -13,6 +13,7 @@ import pytest
 import poolkeeper
 import poolkeeper.adapters
 from poolkeeper import PoolkeeperError
+from tests.workers.tools import WORKERS
 
 from .conformance import ADAPTERS, Conformance
 from .servers import Served
@@ -34,7 +35,14 @@ def suites(name: str, base: type) -> list[type]:
 
 def test_every_module_is_registered() -> None:
     others = {"generic", "sqlalchemy"}  # tests/clients has those of SQLAlchemy
-    assert {path.stem for path in MODULES} == {*ADAPTERS, *others}
+    assert {path.stem for path in MODULES} == {*ADAPTERS, *WORKERS, *others}
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_every_tool_with_workers_has_an_extra_an_example_and_a_page(name: str) -> None:
+    assert name in PROJECT["optional-dependencies"]
+    assert (ROOT / "examples" / name / "app.py").exists()
+    assert f"examples/{name}/app.py" in (ROOT / "docs" / "howto" / f"{name}.md").read_text()
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

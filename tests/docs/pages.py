@@ -17,7 +17,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -27,6 +27,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from poolkeeper._embedded import EmbeddedServer
+from tests.support.redis import REDIS, redis_server
 from tests.support.wheel import build_wheel
 
 from .blocks import blocks
@@ -93,11 +94,18 @@ def installs(page: Path) -> list[str]:
     ]
 
 
+def needs_redis(page: Path) -> bool:
+    """Tell whether the reader has a Redis, at ``REDIS_URL``."""
+    return "REDIS_URL" in page.read_text(encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Do what the pages say, word by word.")
     parser.add_argument("only", nargs="*", help="names of pages; all without")
     only = parser.parse_args().only
     pages = [page for page in PAGES if not only or page.stem.lower() in only]
+    if REDIS is None and any(map(needs_redis, pages)):
+        sys.exit("there is no redis-server on this machine, which some of the pages need")
     if missing := set(only) - {page.stem.lower() for page in pages}:
         sys.exit(f"no such page: {', '.join(sorted(missing))}")
     # In the background of a shell it is ignored, and would be by the servers that are started.
@@ -107,6 +115,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="poolkeeper-pages-") as name,
         EmbeddedServer() as server,
+        redis_server() if REDIS else nullcontext("") as redis,
     ):
         away = Path(name)
         (away / "dist").mkdir()
@@ -114,7 +123,7 @@ def main() -> None:
         for page in pages:
             begin = time.monotonic()
             try:
-                _do(page, away / page.stem, wheel, server.dsn())
+                _do(page, away / page.stem, wheel, server.dsn(), redis)
             except NotAsShown as wrong:
                 failed.append(page.stem)
                 print(wrong, flush=True)
@@ -124,7 +133,7 @@ def main() -> None:
         sys.exit(f"{len(failed)} of {len(pages)} pages failed: {', '.join(failed)}")
 
 
-def _do(page: Path, away: Path, wheel: Path, server: str) -> None:
+def _do(page: Path, away: Path, wheel: Path, server: str, redis: str) -> None:
     """Follow one page from nothing, twice."""
     reader_has = away / "venv"
     venv.create(reader_has, with_pip=True)
@@ -137,7 +146,7 @@ def _do(page: Path, away: Path, wheel: Path, server: str) -> None:
     work.mkdir()
     with database_url(server, page.stem) as url:
         for _ in range(TWICE):
-            with Reader(work, environment(url, programs, **pip)) as reader:
+            with Reader(work, environment(url, programs, REDIS_URL=redis, **pip)) as reader:
                 reader.follow(page)
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from importlib import metadata
@@ -19,11 +20,20 @@ from threading import Thread
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support.redis import REDIS, redis_server
 from tests.support.wheel import build_wheel
 
 from . import curl
 from .blocks import blocks
-from .pages import PAGES, TWICE, database_url, environment, installs, own_programs
+from .pages import (
+    PAGES,
+    TWICE,
+    database_url,
+    environment,
+    installs,
+    needs_redis,
+    own_programs,
+)
 from .walk import TYPED, NotAsShown, Reader, typed
 
 MOST_LINES = 30
@@ -50,13 +60,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return away / "installed"
 
 
+@pytest.fixture(scope="module")
+def redis() -> Iterator[str]:
+    with redis_server() as url:
+        yield url
+
+
 @pytest.mark.timeout(300)  # several servers, one after the other
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_does_what_it_says(page: Path, wheel: Path, dsn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if REDIS or not needs_redis(page)], ids=lambda page: page.stem
+)
+def test_a_page_does_what_it_says(
+    page: Path, wheel: Path, dsn: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     # "make pages" does all of them twice, which takes its time.
     times = TWICE if page.stem in ("quickstart", "semantics") else 1
     with database_url(dsn, f"page_{page.stem.lower()}") as url:
         env = environment(url, own_programs(), PYTHONPATH=str(wheel))
+        if needs_redis(page):
+            env["REDIS_URL"] = request.getfixturevalue("redis")
         for _ in range(times):
             with Reader(tmp_path, env, install=lambda line: None) as reader:
                 reader.follow(page)

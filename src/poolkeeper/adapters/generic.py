@@ -2,7 +2,7 @@
 For whatever takes a lifespan: a function that is called with the application and returns an
 async context manager.
 
-MCP servers, FastStream, or a program of your own, such as a gRPC server. Needs no framework.
+MCP servers, or a program of your own, such as a gRPC server. Needs no framework.
 """
 
 from ._shared import KEY, lifespan
