@@ -37,7 +37,7 @@ def test_a_rate_and_a_hold_become_json_and_a_plot(
     advice = json.loads(capsys.readouterr().out)
     assert [row["size"] for row in advice["rows"]] == [4, 8]
     assert advice["current"] == 8
-    assert plot.read_text().endswith("</svg>")
+    assert plot.read_text().endswith("</svg>\n")
 
 
 def test_a_fleet_becomes_a_table(capsys: pytest.CaptureFixture[str]) -> None:

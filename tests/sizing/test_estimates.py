@@ -6,11 +6,11 @@ import json
 import math
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from poolkeeper import ConfigError, MissingDependencyError
+from poolkeeper import ConfigError
 from poolkeeper.sizing import Fleet, Server, Use, Waits, Workload, advise, plot, simulate
 from poolkeeper.sizing._replay import WARM_UP, estimate, replay
 from poolkeeper.sizing._simulation import seed_of
@@ -192,19 +192,19 @@ def test_a_question_that_cannot_be_is_refused(name: str, arguments: dict[str, ob
         advise(Workload.of(1, 1), **arguments)  # type: ignore[arg-type]
 
 
-def test_a_plot_stands_alone(tmp_path: Path) -> None:
-    svg = plot(advise(Workload.of(180, 0.021), current=10, target=0.005)).decode()
-    assert "<script" not in svg
-    assert "script>" not in svg
-    assert "wanted at p99: 5.0 ms" in svg
-    assert "max_size" in svg
+def test_a_plot_stands_alone() -> None:
+    advice = advise(Workload.of(180, 0.021), sizes=[3, 5, 8, 12], target=0.005, name="<orders>")
+    svg = ElementTree.fromstring(plot(advice))
+    words = ["".join(text.itertext()) for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert 'pool "<orders>", 180 acquires per second, held for 21 ms' in words
+    assert {"5", "8", "12", "none", "max_size", "wanted at p99: 5.0 ms"} <= set(words)
+    assert "3" not in words  # it can never do it
+    assert not {part.tag for part in svg.iter()} & {"script", "image", "use"}
 
 
-def test_a_plot_without_pygal_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pygal", None)
-    with pytest.raises(MissingDependencyError, match="pygal") as caught:
-        plot(advise(Workload.of(1, 0.1)))
-    assert 'pip install "poolkeeper[cli]"' in str(caught.value)
+@pytest.mark.parametrize("sizes", [[3], [40]])
+def test_a_plot_of_one_size_or_none_is_a_plot(sizes: list[int]) -> None:
+    assert ElementTree.fromstring(plot(advise(Workload.of(180, 0.021), sizes=sizes))).tag
 
 
 def test_few_waits_are_summed_up() -> None:

@@ -109,7 +109,7 @@ def _run(chosen: argparse.Namespace) -> int:
 def _write(path: Path, advice: Advice) -> None:
     from poolkeeper.sizing import plot
 
-    path.write_bytes(plot(advice))
+    path.write_text(plot(advice), encoding="utf-8")
 
 
 def _fleet(chosen: argparse.Namespace, workload: Workload) -> int:
