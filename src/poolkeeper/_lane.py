@@ -63,6 +63,9 @@ LARGE = 8192
 """Bytes of parameters that are sent behind nobody."""
 
 
+_SENT = "The statement had been sent to the server: what it changes may be done all the same."
+
+
 class Room(Protocol):
     """What a lane tells the room that it is in."""
 
@@ -296,9 +299,12 @@ class Lane(Place):
 
     def set_result(self, _ready: int) -> None:
         """Read what has come."""
-        if not self.wire.watched:  # it has told of an error, or by a look
-            self.wire.watch(self._loop)
+        wire = self.wire
+        if not wire.watched:  # it has told of an error, or by a look
+            wire.watch(self._loop)
         self.read()
+        if self.under_way and not wire.looking:
+            wire.look_later(self._loop)
 
     def set_exception(self, error: BaseException) -> None:
         """Note that the connection is gone."""
@@ -400,6 +406,7 @@ class Lane(Place):
         """Tell the one at the head that the connection is gone; the others are sent elsewhere."""
         self.closed = True
         self._stop_writing()
+        error.add_note(_SENT)
         failed = list(self.under_way)
         self.under_way.clear()
         for index, asked in enumerate(failed):

@@ -119,7 +119,11 @@ class Lanes:
             life.counters.requests -= 1  # it asks again
             release(life.pool, conn, False)
             return None
-        lane = Lane(self, conn, shares)
+        try:
+            lane = Lane(self, conn, shares)
+        except BaseException:
+            release(life.pool, conn, False)
+            raise
         lane.users = 1
         self._all[lane] = None
         if self._clock is None:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
 from psycopg.types.json import Jsonb
 
-from poolkeeper import ClosedError, LoopMismatchError, PoolManager, QueryTimeout
+from poolkeeper import ClosedError, LoopMismatchError, PoolManager, QueryTimeout, _lane, _oneshots
 from tests.support.inside import life
+from tests.support.pooler import PGBOUNCER, pgbouncer
 from tests.support.server import admin, eventually, kill_sessions
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -55,6 +56,18 @@ async def one(make_manager: MakeManager) -> PoolManager[Any]:
     db = make_manager(min_size=1, max_size=1, name="orders", timeout=20, pipeline=True)
     await db.open()
     return db
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More is sent behind a statement for as long as a test may be kept from the processor."""
+    monkeypatch.setattr(_lane, "LONG", 60.0)
+
+
+@pytest.fixture
+def trusting(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No statement is slow."""
+    monkeypatch.setattr(_oneshots, "SLOW", 60.0)
 
 
 @pytest.fixture
@@ -294,6 +307,7 @@ async def test_an_error_stays_alone(one: PoolManager[Any]) -> None:
     assert ended[1::3] == [1] * 10
 
 
+@pytest.mark.usefixtures("trusting")
 async def test_the_snapshot_shows_what_is_under_way_on_a_shared_connection(
     table: str,
 ) -> None:
@@ -315,6 +329,7 @@ async def test_the_snapshot_shows_what_is_under_way_on_a_shared_connection(
         assert await asyncio.gather(*others) == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("patient")
 async def test_nobody_stays_behind_a_slow_statement(table: str) -> None:
     async with PoolManager(table, min_size=2, name="orders", timeout=20, pipeline=True) as db:
         await know(db, "select n from t", PLAIN)
@@ -451,6 +466,7 @@ async def test_a_statement_that_takes_too_long_is_stopped_if_it_is_alone(
     assert at_rest(one)
 
 
+@pytest.mark.usefixtures("trusting")
 async def test_who_has_waited_long_enough_behind_others_is_told_so(table: str) -> None:
     async with PoolManager(table, min_size=1, name="orders", pipeline=True) as db:
         await know(db, "select n from t", PLAIN)
@@ -467,6 +483,7 @@ async def test_who_has_waited_long_enough_behind_others_is_told_so(table: str) -
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("trusting")
 async def test_a_session_that_is_killed_fails_the_one_at_its_head_and_no_other(
     table: str,
 ) -> None:
@@ -679,3 +696,21 @@ async def test_reset_is_called_after_each_one(make_manager: MakeManager) -> None
     async with db:
         await asyncio.gather(*(db.fetchval(PLAIN, (n,)) for n in range(10)))
     assert calls == 10
+
+
+@pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
+async def test_behind_a_pgbouncer_one_shots_share_as_well(dsn: str) -> None:
+    with pgbouncer(dsn) as behind:
+        kwargs = {"prepare_threshold": None}
+        async with PoolManager(behind, min_size=5, kwargs=kwargs, pipeline=True) as db:
+            query = "select 1 / %s::int"
+            await know(db, query)
+            for _ in range(5):
+                tasks = [asyncio.create_task(db.fetchval(query, (n % 2,))) for n in range(64)]
+                await asyncio.sleep(0.001)
+                tasks[5].cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+                kinds = {type(end) for end in ended[::2]}
+                assert kinds == {psycopg.errors.DivisionByZero}
+                assert [end for end in ended[1::2] if end == 1][:31] == [1] * 31
+            await come_to_rest(db)

@@ -12,6 +12,7 @@ import asyncio
 import inspect
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -19,6 +20,10 @@ import psycopg_pool
 import pytest
 from psycopg import AsyncConnection
 from psycopg._connection_base import BaseConnection
+from psycopg._preparing import Prepare, PrepareManager
+from psycopg._queries import PostgresQuery
+from psycopg.adapt import Transformer
+from psycopg.rows import dict_row, scalar_row, tuple_row
 from psycopg_pool import AsyncConnectionPool
 
 import poolkeeper
@@ -158,6 +163,48 @@ async def test_a_connection_has_the_attributes_that_a_handle_is_made_of(dsn: str
 def test_a_handle_can_be_turned_into_one_that_refuses() -> None:
     """By assignment to ``__class__``, which ``__slots__`` would forbid."""
     assert not any("__slots__" in vars(cls) for cls in (BaseConnection, AsyncConnection))
+
+
+# --- what one-shots use of psycopg's cursors -----------------------------------------------------
+
+
+def test_a_query_is_converted_and_prepared_by_what_we_know() -> None:
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert parameters(PostgresQuery) == ["transformer"]
+    assert parameters(PostgresQuery.convert) == ["self", "query", "vars"]
+    assert {"query", "params", "types", "formats"} <= set(PostgresQuery.__slots__)
+    assert parameters(PrepareManager.key) == ["query"]
+    assert parameters(PrepareManager.get) == ["self", "query", "prepare"]
+    assert parameters(PrepareManager.maybe_add_to_cache) == ["self", "query", "prep", "name"]
+    assert parameters(PrepareManager.validate) == ["self", "key", "prep", "name", "results"]
+    manager = PrepareManager()
+    assert isinstance(manager._to_flush, deque)
+    assert (manager._names, manager._to_flush) == ({}, deque())
+    assert [one.name for one in Prepare] == ["NO", "YES", "SHOULD"]
+
+
+async def test_an_answer_becomes_rows_by_what_we_know(dsn: str) -> None:
+    """As a cursor does it: the same attributes, set in the same places."""
+    async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
+        cursor: Any = await conn.execute("select 1, 'x'")
+        assert isinstance(cursor._query, PostgresQuery)
+        assert cursor._last_query == "select 1, 'x'"
+        context: Any = SimpleNamespace(adapters=conn._adapters, connection=conn)
+        transformer = Transformer(context)
+        transformer.set_pgresult(cursor.pgresult)
+        assert transformer.load_row(0, tuple) == (1, "x")
+        assert transformer.load_rows(0, 1, tuple) == [(1, "x")]
+        other: Any = conn.cursor(row_factory=dict_row)
+        other._tx = transformer
+        other._check_results([cursor.pgresult])
+        other._set_results([cursor.pgresult])
+        assert other._tx.load_row(0, other._make_row) == {"?column?": "x"}
+        assert scalar_row(cursor)([7, 8]) == 7
+        assert tuple_row(cursor) is tuple
+        assert psycopg.capabilities.has_pipeline()
+        assert isinstance(psycopg.capabilities.has_send_close_prepared(), bool)
 
 
 def test_these_are_the_versions_that_we_support() -> None:
