@@ -24,7 +24,7 @@ from ._binding import weakly
 from ._log import log
 from ._moment import Moment
 from ._session import shut_down
-from ._waiting import CANCEL_GRACE
+from ._stopping import CANCEL_GRACE
 from ._where import code_behind, site
 from ._words import in_words, raised_by
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Any, cast
 
@@ -22,10 +23,10 @@ from ._life import Life
 from ._log import log
 from ._no_life import closed_error
 from ._reporting import moment
-from ._session import Session
+from ._session import Session, remains
 from ._status import ACTIVE
+from ._stopping import CANCEL_GRACE, GLANCE, Asking, Patience
 from ._tasks import forget
-from ._waiting import CANCEL_GRACE
 from ._words import in_words
 
 
@@ -133,46 +134,40 @@ async def _until_free(life: Life, deadline: float) -> None:
 
 async def _stop_queries(life: Life) -> None:
     """
-    Cancel what runs, and let its task roll back; within `CANCEL_GRACE`.
+    Have what runs stopped, and let its task roll back; within `CANCEL_GRACE`.
 
     A server does not look for a client that is gone before it has something to send: what
-    is not cancelled goes on, and keeps its session. It forgets a request to cancel that
-    arrives before the query does, so one is not enough; and the query's task may run
-    another one, so at last it is not let.
+    is not cancelled goes on, and keeps its session. The query's task may run another one, so at
+    last it is not let.
     """
     begin = monotonic()
-    pause = 0.05
-    last = False
-    while not last and (active := _active(life)):
-        elapsed = monotonic() - begin
-        last = elapsed + pause > 0.75 * CANCEL_GRACE
-        until = begin + (CANCEL_GRACE if last else elapsed + pause)
-        requests = [asyncio.create_task(_request_cancel(session)) for session in active]
-        if last:
-            # In this order: to cancel what a revoked connection runs does nothing.
+    asking: dict[Session, Asking] = {}
+    may_go_on = True
+    while (active := _active(life)) and (elapsed := monotonic() - begin) < CANCEL_GRACE:
+        for session in active:
+            if session not in asking or asking[session].task.done():
+                last = remains(session.handle)
+                asking[session] = Asking(last, partial(_is_active, session), Patience())
+        if may_go_on and elapsed > 0.75 * CANCEL_GRACE:
+            may_go_on = False
             for session in life.sessions:
-                asyncio.get_running_loop().call_soon(
-                    _ignoring_errors, life, revoke_session, life, session
-                )
-        await asyncio.wait(requests, timeout=until - monotonic())
-        for request in requests:
-            request.cancel()
-        await asyncio.wait(requests)
+                _ignoring_errors(life, revoke_session, life, session)
         # libpq has no event for it: the task of the query reads the answer.
-        while monotonic() < until and _active(life):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-        pause *= 2
+        await asyncio.sleep(GLANCE)
+    tasks = [one.task for one in asking.values()]
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 def _active(life: Life) -> list[Session]:
     """Return the sessions that run a query."""
-    return [s for s in life.sessions if s.pgconn.transaction_status == ACTIVE and s.handle]
+    return [session for session in life.sessions if _is_active(session) and session.handle]
 
 
-async def _request_cancel(session: Session) -> None:
-    if (handle := session.handle) is not None:
-        with suppress(Exception):
-            await handle.request_cancel(CANCEL_GRACE)
+def _is_active(session: Session) -> bool:
+    return bool(session.pgconn.transaction_status == ACTIVE)
 
 
 def _stop_tasks(life: Life) -> list[asyncio.Task[None]]:

@@ -29,7 +29,7 @@ from ._binding import LoopBinding
 from ._checkouts import Checkout
 from ._session import Handle, Session, SharedAdapters, shut_down
 from ._status import ACTIVE, BAD, IDLE
-from ._waiting import Patience
+from ._stopping import Patience
 from ._where import Handler, Place
 from .errors import ClosedError, PoolkeeperError, ReleasedConnectionError, see
 

@@ -9,10 +9,11 @@ task.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any
+
+from typing_extensions import override
 
 from . import _compat
 from ._checkouts import ACQUIRED, SUSPECTED, Checkout
@@ -21,7 +22,7 @@ from ._life import Life
 from ._log import log
 from ._session import Session, remains, retire, revoke, shut_down
 from ._status import ACTIVE, BAD, IDLE
-from ._waiting import CANCEL_GRACE
+from ._stopping import GLANCE, Stop
 from ._where import Place
 from ._words import in_words
 
@@ -148,7 +149,7 @@ def discard_busy(life: Life, conn: BoundConnection) -> None:
     life.counters.count("returns_bad")
     if session.pgconn.transaction_status == ACTIVE:
         # The server has it until the query ends: there shall not be one more meanwhile.
-        stopping = life.tasks.start(partial(_end_query, last))
+        stopping = life.tasks.start(_StopAnothers(last, session).run)
         stopping.add_done_callback(lambda _: lost(life, session, "busy"))
     else:
         # Not closed: see end_session().
@@ -172,31 +173,34 @@ def revoke_session(life: Life, session: Session) -> None:
     revoke(handle)
 
 
-async def _end_query(conn: BoundConnection) -> None:
+class _StopAnothers(Stop):
     """
-    Let the server stop what runs on a connection, which goes on there otherwise; end it.
+    Stops what runs on a connection in another task, which goes on there, and ends the session.
 
-    It forgets a request to cancel that arrives before the query does, so one is not enough: ask
-    until it answers, within `CANCEL_GRACE`.
+    Args:
+        conn: What `remains()` of the connection.
+        session: Its session.
     """
-    pgconn = conn.pgconn
-    until = monotonic() + CANCEL_GRACE
-    pause = 0.01
-    try:
-        unanswered = pgconn.transaction_status == ACTIVE
-        while unanswered and (left := until - monotonic()) > 0:
-            with suppress(Exception):
-                await conn.request_cancel(left)
-            ask_again = min(until, monotonic() + pause)
-            # libpq has no event for it: the task of the query, if it still reads, has the answer.
-            while (unanswered := _is_unanswered(conn)) and monotonic() < ask_again:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-            pause *= 2
-    finally:
-        if pgconn.status != BAD:
-            shut_down(pgconn)
 
+    @override
+    async def run(self) -> None:
+        try:
+            await super().run()
+        finally:
+            self._give_up()
 
-def _is_unanswered(conn: BoundConnection) -> bool:
-    """Tell whether a query runs, of which the server has said nothing that was not read yet."""
-    return conn.pgconn.transaction_status == ACTIVE and conn._session.is_quiet()
+    @override
+    async def _read(self) -> bool:
+        pgconn = self._session.pgconn
+        # libpq has no event for it: the task of the query, if it still reads, has the answer.
+        while pgconn.transaction_status == ACTIVE and self._session.is_quiet():
+            if not self._patience:
+                return False
+            await asyncio.sleep(GLANCE)
+            self._patience.count(GLANCE)
+        return True
+
+    @override
+    def _give_up(self) -> None:
+        if self._session.pgconn.status != BAD:
+            shut_down(self._session.pgconn)

@@ -39,7 +39,7 @@ from ._life import Life
 from ._line import Place
 from ._releasing import release
 from ._session import Session
-from ._waiting import Stop, in_own_task
+from ._stopping import Stop, in_own_task
 from ._where import Code
 from ._wire import Wire
 
@@ -482,7 +482,7 @@ class _StopLane(Stop):
     """Stops what is under way on a lane."""
 
     def __init__(self, lane: Lane) -> None:
-        super().__init__(lane.conn)
+        super().__init__(lane.conn, lane.session)
         self._lane = lane
 
     @override

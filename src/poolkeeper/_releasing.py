@@ -44,8 +44,8 @@ from ._log import log
 from ._session import DRAINED, MOVED, Session, part_from_pipeline, shut_down
 from ._status import ACTIVE, IDLE, INERROR, INTRANS, NO_PIPELINE, UNKNOWN
 from ._stock import forget, is_surplus
+from ._stopping import CANCEL_GRACE
 from ._tasks import set_done
-from ._waiting import CANCEL_GRACE
 from ._words import in_words
 from .errors import ConfigError
 

@@ -378,10 +378,10 @@ def revoke(conn: Handle) -> None:
 
 
 def remains(conn: H) -> H:
-    """Return an object that stands for the session of *conn* once that is retired, to end it."""
-    conn._session.in_pool = False
+    """Return an object by which what runs on *conn* can be cancelled, whatever becomes of that."""
     last = _new(conn.__class__)
     vars(last).update(vars(conn), _checkout=None, _pool=None)
+    del vars(last)["_session"]  # it is not the handle, and nothing is lost with it
     return last
 
 

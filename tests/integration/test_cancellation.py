@@ -20,7 +20,7 @@ import pytest
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager, _closing, _ending, _releasing, _waiting
+from poolkeeper import PoolManager, _closing, _releasing, _stopping
 from poolkeeper._releasing import release
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
@@ -37,7 +37,7 @@ def a_server_that_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     It takes a second, and more, to have a hundred queries stopped where the cores are busy.
     """
-    for module in (_waiting, _releasing, _ending, _closing):
+    for module in (_stopping, _releasing, _closing):
         monkeypatch.setattr(module, "CANCEL_GRACE", 20.0)
 
 
