@@ -15,14 +15,14 @@ _PYTEST = (
 )
 _WSGI = (
     "async_to_sync() runs this on a loop of its own, as Django does with each async view under"
-    " WSGI: serve the application by ASGI, where one loop lasts."
+    " WSGI: serve the application by ASGI, where one loop lasts, or call a Portal in a view that"
+    " is not async."
 )
 _CELERY = (
-    "In a Celery task each asyncio.run() makes a new loop: open the pool in it, with"
-    ' "async with manager:", or keep one loop in a thread of the worker and hand it the work with'
-    " asyncio.run_coroutine_threadsafe()."
+    "In a Celery task each asyncio.run() makes a new loop: call a Portal, which keeps one in each"
+    " worker (poolkeeper.adapters.celery)."
 )
-_CELERY_FORKED = "With Celery, open it in the worker, by the signal worker_process_init."
+_CELERY_FORKED = "With Celery, poolkeeper.adapters.celery opens it in each worker, after the fork."
 _NOTEBOOK = (
     "In a notebook a loop runs already: await at the top level of a cell, where asyncio.run()"
     " cannot be called, and not in a thread either."
