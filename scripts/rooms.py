@@ -12,7 +12,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "rooms.svg"
-LEFT_OUT = {"__init__", "__main__", "_demo", "_embedded", "_explain", "adapters", "testing"}
+LEFT_OUT = {
+    "__init__",
+    "__main__",
+    "_demo",
+    "_embedded",
+    "_explain",
+    "adapters",
+    "telemetry",
+    "testing",
+}
 """What is not the core."""
 
 WIDTH, HEIGHT, GAP, ROW, MARGIN = 92, 24, 12, 64, 16

@@ -68,8 +68,9 @@ def test_the_reference_has_every_public_name() -> None:
     package = Path(poolkeeper.__file__).parent
     adapters = {f"adapters.{path.stem}" for path in package.glob("adapters/[!_]*.py")}
     names = {name for name in poolkeeper.__all__ if not name.startswith("__")}
-    modules = {"errors", "events", "live", "sizing", "testing"}
-    assert shown == modules | adapters | names - set(poolkeeper.errors.__all__)
+    telemetry = {f"telemetry.{path.stem}" for path in package.glob("telemetry/[!_]*.py")}
+    modules = {"errors", "events", "live", "sizing", "testing"} | adapters | telemetry
+    assert shown == modules | names - set(poolkeeper.errors.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
