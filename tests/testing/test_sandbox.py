@@ -190,6 +190,24 @@ async def test_one_shots_are_by_themselves(db: PoolManager) -> None:
             assert await cursor.fetchone() == (2,)
 
 
+@pytest.mark.parametrize("pipeline", [True, False])
+async def test_one_shots_that_would_share_a_connection_take_turns(
+    things: str, make_manager: Callable[..., PoolManager], pipeline: bool
+) -> None:
+    db = make_manager(things, min_size=1, max_size=2, pipeline=pipeline)
+    async with db:
+        async with sandbox(db):
+            await db.execute("insert into things values (%s)", (1,))
+            for _ in range(3):  # what is known to be quick is shared
+                count = db.fetchval, "select count(*) from things where n < %s", (9,)
+                assert await asyncio.gather(*(count[0](*count[1:]) for _ in range(9))) == [1] * 9
+                with pytest.raises(psycopg.errors.UniqueViolation):
+                    await db.execute("insert into things values (%s)", (1,))
+                with outside():
+                    assert await count[0](*count[1:]) == 0
+        assert await numbers(db) == []
+
+
 async def test_a_constraint_that_is_deferred_is_looked_at_by_each_commit(db: PoolManager) -> None:
     async with sandbox(db):
         with pytest.raises(psycopg.errors.ForeignKeyViolation):
@@ -319,6 +337,50 @@ async def test_settings_are_put_back_when_a_connection_is(db: PoolManager) -> No
             await conn.execute("set timezone to 'Asia/Tokyo'")
             conn.row_factory = psycopg.rows.dict_row
         assert await db.fetchval("show timezone") == before
+
+
+async def test_a_block_that_fails_stops_the_query_of_a_task_that_is_at_work_in_it(
+    db: PoolManager,
+) -> None:
+    async with sandbox(db):
+        await db.execute("insert into things values (1)")
+        with pytest.raises(ZeroDivisionError):
+            async with db.connection() as conn:
+                await conn.execute("insert into things values (2)")
+                task = asyncio.create_task(conn.execute("select pg_sleep(60)"))
+                while not conn.lock.locked():
+                    await asyncio.sleep(0)
+                raise ZeroDivisionError
+        with pytest.raises(psycopg.Error):
+            await task
+        assert await numbers(db) == [1]
+
+
+async def test_a_connection_that_comes_back_in_a_pipeline_is_good_for_the_next(
+    db: PoolManager,
+) -> None:
+    async with sandbox(db):
+        conn = await db.pool.getconn()
+        pipeline = conn.pipeline()
+        await pipeline.__aenter__()
+        await db.pool.putconn(conn)
+        await db.execute("insert into things values (1)")
+        assert await numbers(db) == [1]
+        with pytest.raises(psycopg.Error):
+            await pipeline.__aexit__(None, None, None)
+
+
+async def test_what_cannot_be_committed_is_undone_when_it_is_given_back(db: PoolManager) -> None:
+    async with sandbox(db):
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            async with db.connection() as conn:
+                await conn.set_autocommit(True)
+                await conn.execute("insert into things values (1, 2)")
+        conn = await db.pool.getconn()
+        await conn.set_autocommit(True)
+        await conn.execute("insert into things values (1, 2)")
+        await db.pool.putconn(conn)
+        assert await numbers(db) == []
 
 
 # --- what cannot be ------------------------------------------------------------------------------
@@ -628,6 +690,18 @@ async def test_a_sandbox_opens_a_manager_that_is_closed_and_closes_it(
         await db.close()
         with pytest.raises(psycopg.OperationalError):
             await db.fetchval("select 1")
+
+
+async def test_a_sandbox_is_entered_once_and_not_within_another(db: PoolManager) -> None:
+    async with sandbox(db) as box:
+        with pytest.raises(SandboxError, match="around this one"):
+            await sandbox(db).__aenter__()
+        with pytest.raises(SandboxError, match="once"):
+            await box.__aenter__()
+        assert "open" in repr(box)
+    with pytest.raises(SandboxError, match="ended"):
+        box.allow(print)
+    assert await db.fetchval("select 1") == 1
 
 
 async def test_a_connection_class_of_the_user_s_takes_part(

@@ -61,6 +61,23 @@ class Test:
 """
 
 
+ELSEWHERE = """
+import asyncio
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    db = manager("elsewhere")
+    with asyncio.Runner() as runner:
+        runner.run(db.open())
+        yield db
+        runner.run(db.close())
+
+@pytest.mark.anyio
+async def test_elsewhere(elsewhere, anyio_backend):
+    await elsewhere.fetchval("select 1")
+"""
+
+
 def outcome(case: ET.Element) -> str:
     """Return what became of a cell, by what pytest said."""
     said = " ".join(
@@ -75,6 +92,8 @@ def outcome(case: ET.Element) -> str:
     )
     if "LoopMismatchError" in said and re.search(settings, said):
         return SETTINGS
+    if "LoopMismatchError" in said and 'fixture anyio_backend the scope "module"' in said:
+        return "anyio_backend"
     return PYTESTS if "ScopeMismatch" in said else said
 
 
@@ -138,8 +157,11 @@ def test_anyio_does_what_the_table_says(dsn: str, tmp_path: Path) -> None:
         text = HEAD + "".join(ANYIO_FIXTURE.format(scope=scope) for scope in SCOPES)
         text += ANYIO_BACKEND.format(backend=backend)
         text += "".join(ANYIO_TEST.format(scope=scope, backend=backend) for scope in SCOPES)
+        if backend == "session":
+            text += ELSEWHERE
         (package / f"test_{backend}.py").write_text(text)
     found = cells(tmp_path, dsn, "-p", "anyio", "-o", "asyncio_mode=strict")
+    assert found.pop("elsewhere") == "anyio_backend"
     says = table("`scope` of `anyio_backend`")
     assert len(found) == len(SCOPES) ** 2 == sum(map(len, says.values()))
     for backend in SCOPES:

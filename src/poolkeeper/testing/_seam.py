@@ -21,6 +21,7 @@ from poolkeeper._binding import _bindings
 from poolkeeper._checkouts import Checkout as Checkout
 from poolkeeper._life import Life
 from poolkeeper._life import StandIn as StandIn
+from poolkeeper._session import part_from_pipeline
 from poolkeeper._where import _loop_numbers, is_library, program_frame, site, where_now
 
 from ._handles import Exchange, HandleLock, Sandboxed
@@ -90,6 +91,10 @@ class Base:
         fresh.lock = self._class._lock_class()
         fresh._hold = hold
         return fresh
+
+    def part_from_pipeline(self, conn: Any) -> None:
+        """Take the session away from the pipeline of *conn*, which was given back."""
+        part_from_pipeline(conn)
 
     def is_in_order(self) -> bool:
         """True if no setting is other than it was."""

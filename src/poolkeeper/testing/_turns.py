@@ -176,7 +176,9 @@ class Turns:
         busy, in_pipeline = conn.at_work, conn._pipeline is not None
         hold.ends = True
         fresh = self.base.successor(conn, hold)
-        if hold.savepoint is None and not lock.locked() and self.base.is_in_order():
+        if in_pipeline:
+            self.base.part_from_pipeline(conn)
+        elif hold.savepoint is None and not lock.locked() and self.base.is_in_order():
             self._end(hold)
             return None
         return self._start(self._put_back(hold, fresh, commits, lock, busy, in_pipeline))
@@ -208,11 +210,12 @@ class Turns:
             in_pipeline: True if it is in a pipeline.
         """
         try:
-            if busy and not await self._stopped(fresh, lock):
+            good = not busy or await self._stopped(fresh, lock)
+            if in_pipeline:
+                good = fresh.leave_pipeline() and good
+            if not good:
                 self.base.finish()
             elif lock is not None and lock.locked():  # a stream was left open
-                if in_pipeline and not fresh.leave_pipeline():
-                    self.base.finish()
                 await fresh.end_command()
                 self.exchange.end(lock)
             async with fresh.lock:
