@@ -97,7 +97,7 @@ def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: b
         idle.pop()
     if len(idle) < life.idle_low:
         life.idle_low = len(idle)
-    return _check_out(life, conn, session, frame, lineno, structured, now)
+    return _check_out(life, conn, session, loop, frame, lineno, structured, now)
 
 
 def _take_next(life: Life) -> Any:
@@ -119,13 +119,14 @@ def _check_out(
     life: Life,
     conn: Any,
     session: Session,
+    loop: Any,
     frame: FrameType | Behalf,
     lineno: int,
     structured: bool,
     now: float,
     wait: Wait = NO_WAIT,
 ) -> Any:
-    task: Any = current_task()
+    task: Any = current_task(loop)  # which loop this is need not be asked again
     checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
     session.checkout = conn._checkout = checkout
     conn._pool = life.pool
@@ -186,7 +187,8 @@ async def wait_for_connection(
         timeout = life.pool.timeout
     began = since or monotonic()
     try:
-        deadline = began + min(LONGEST, timeout)  # it may be infinite, or NaN
+        # It may be infinite, or NaN.
+        deadline = began + (timeout if timeout < LONGEST else LONGEST)
         code = frame.f_code
         joined = since
         queued = False
@@ -213,8 +215,11 @@ async def wait_for_connection(
                 look = check and life.checks.accepts(check, conn, refused, deadline)
                 if look is None or await look:
                     life.between.end(session)
+                    loop = life.binding.owner_loop()
                     wait = monotonic() - began, queued
-                    return _check_out(life, conn, session, frame, lineno, structured, now, wait)
+                    return _check_out(
+                        life, conn, session, loop, frame, lineno, structured, now, wait
+                    )
                 refused += 1
                 if (now := monotonic()) >= deadline and not (
                     # Each of those that are free now is one that it may have.
@@ -260,7 +265,8 @@ async def _wait_in_line(
     elif deadline <= now:
         life.counters.count("requests_errors")
         raise _refusal(life, timeout, now - joined if joined else None, code, lineno)
-    waiter = Waiter(asyncio.get_running_loop(), timeout, deadline, code, lineno)
+    loop: Any = life.binding.owner_loop()
+    waiter = Waiter(loop, timeout, deadline, code, lineno, now)
     waiter.shares = shares
     if life.ledger.completes_deadlock(waiter.task, line, life.max_size, timeout):
         waiter.suspected = waiter.since
@@ -270,7 +276,7 @@ async def _wait_in_line(
     else:
         line.append(waiter)
     life.counters.queued += 1
-    if life.listeners.want("queued") and not joined:
+    if not life.listeners.quiet and life.listeners.want("queued") and not joined:
         _tell_queued(life, waiter)
     if not comes_back and (life.made < life.max_size or life.connector.wanted):
         help_growth(life)

@@ -180,12 +180,6 @@ class _Window:
         self.released = self.gave_up = 0
         self.held_seconds = self.busy_seconds = 0.0
 
-    def add(self, checkout: Checkout, now: float) -> None:
-        """Count a checkout that ends."""
-        self.released += 1
-        self.held_seconds += now - checkout.since
-        self.busy_seconds += checkout.busy_seconds
-
     def copy(self) -> _Window:
         """Return one that does not go on."""
         window = _Window(self.began)
@@ -266,7 +260,9 @@ class Ledger:
         window = self._now
         if now > window.ends:
             window = self._turn(checkout.since, now)
-        window.add(checkout, now)
+        window.released += 1
+        window.held_seconds += now - checkout.since
+        window.busy_seconds += checkout.busy_seconds
 
     def gave_up(self, number: int) -> None:
         """Count tasks that have waited in vain."""

@@ -58,10 +58,11 @@ class Waiter:
         deadline: float,
         code: Code,
         lineno: int,
+        since: float = 0.0,
     ) -> None:
         self.future: asyncio.Future[Any] = loop.create_future()
         self.task = asyncio.current_task(loop)
-        self.since = monotonic()
+        self.since = since or monotonic()
         self.timeout = timeout
         self.deadline = self.due = deadline
         """When its time is up; when the clock looks at it next."""

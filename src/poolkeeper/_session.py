@@ -37,6 +37,7 @@ from ._wire import Wire
 H = TypeVar("H", bound="Handle")
 
 _new = object.__new__  # a class of the user's may want arguments
+_set_attribute = object.__setattr__  # or think twice
 
 # Parameters of a session that PostgreSQL reports when they change (search_path: since 18): those
 # that a client can change, and the two that tell a server that takes writes from one that does
@@ -160,13 +161,15 @@ class Session:
         current = _CurrentHandle(weakref.ref(self))
         conn.pgconn.notice_handler = partial(BaseConnection._notice_handler, cast(Any, current))
         conn.pgconn.notify_handler = partial(BaseConnection._notify_handler, cast(Any, current))
-        fixed = dict(vars(conn))
+        # All that successor() sets has a place in it, so that what is made of it need not grow.
+        # None of it is the session, which would keep itself alive.
+        fixed = dict(vars(conn), pgconn=conn.pgconn, _under_way=None)
+        fixed.pop("_cancelling", None)
         for per_handle in (
             "_adapters", "_notice_handlers", "_notify_handlers", "_notifies_backlog", "_pool",
-            "_checkout", "lock", "_session", "pgconn", "_cancelling",
+            "_checkout", "lock", "_session",
         ):  # fmt: skip
-            fixed.pop(per_handle, None)
-        fixed["_pool"] = None
+            fixed[per_handle] = None
         self._fixed = fixed
         self.in_pool = True
         self.made_at = monotonic()
@@ -267,9 +270,8 @@ class Session:
         cls = conn.__class__
         old = conn.__dict__
         fresh = _new(cls)
-        new = fresh.__dict__
-        new.update(self._fixed)
-        new["pgconn"] = self.pgconn
+        new = self._fixed.copy()
+        _set_attribute(fresh, "__dict__", new)
         new["_session"] = self
         # A generator that was left half-way still holds the lock, and will let it go some day.
         lock = old["lock"]
