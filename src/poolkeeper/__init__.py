@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Health,
         LoadRow,
         PoolSnapshot,
+        ServerFacts,
         WaiterRow,
     )
     from ._per_loop import PoolPerLoop
@@ -92,6 +93,7 @@ __all__ = [
     "QueryTimeout",
     "ReleasedConnectionError",
     "SelfDeadlockError",
+    "ServerFacts",
     "TooManyWaitersError",
     "UnclosedManagerWarning",
     "WaiterRow",

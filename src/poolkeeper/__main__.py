@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from poolkeeper import PoolkeeperError, __version__
-from poolkeeper.cli import advise, top
+from poolkeeper.cli import advise, doctor, top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_explain(commands)
     advise.add_parser(commands)
+    doctor.add_parser(commands)
     top.add_parser(commands)
     return parser
 

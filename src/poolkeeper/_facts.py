@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._snapshot import Health as Health
     from ._snapshot import LoadRow as LoadRow
     from ._snapshot import PoolSnapshot as PoolSnapshot
+    from ._snapshot import ServerFacts as ServerFacts
     from ._snapshot import WaiterRow as WaiterRow
 else:
     __getattr__ = later(__name__, "._snapshot", "._diagnosis")

@@ -31,6 +31,7 @@ from ._connection import BoundConnection
 from ._log import log
 from ._processes import Processes, session_name
 from ._session import Session, shut_down
+from ._snapshot import ServerFacts
 from ._status import BAD
 from ._where import warn_user
 from .errors import ConnectionBudgetWarning, see_page
@@ -111,6 +112,20 @@ class Front:
         have to change it whenever a session goes from one process to the next.
         """
         return session_name(self._name, self._processes.number > 1 and not self.pooled)
+
+    def facts(self) -> ServerFacts | None:
+        """Return what is known; None while nothing was asked."""
+        if not self._known:
+            return None
+        limits = self.limits
+        return ServerFacts(
+            pooled=self.pooled,
+            shares_sessions=self.shares,
+            tracks_prepared=self.translates,
+            max_connections=None if limits is None else limits.most,
+            reserved=None if limits is None else limits.reserved,
+            allowed=None if limits is None else limits.allowed,
+        )
 
     async def meet(self, conn: Any, kwargs: Mapping[str, Any]) -> bool:
         """

@@ -209,6 +209,17 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         """
         return self._pool.state.value
 
+    @property
+    def server(self) -> _facts.ServerFacts | None:
+        """
+        What was found out of the server, and of a pooler in front of it, by the first connection.
+
+        None while nothing is known: before that, and of a pool that is not open.
+
+        .. versionadded:: 0.1.0
+        """
+        return self._pool.server
+
     def __repr__(self) -> str:
         return f'<PoolManager "{self.name}" {self.state} {self._pool.numbers()}>'
 

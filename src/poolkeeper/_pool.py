@@ -164,6 +164,12 @@ class BoundPool(AsyncConnectionPool[ACT]):
         return self._life.binding.is_here()
 
     @property
+    def server(self) -> _facts.ServerFacts | None:
+        """What is known of the server, and of a pooler in front of it; None while nothing is."""
+        life = self._life
+        return None if isinstance(life, NoLife) else life.front.facts()
+
+    @property
     def inherited(self) -> bool:
         """True if a parent process opened the pool."""
         return self._life.forked

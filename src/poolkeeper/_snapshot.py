@@ -268,3 +268,38 @@ class Health:
 
     def __bool__(self) -> bool:
         return self.ok
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """
+    What `open()` has found out of the server, and of a pooler in front of it.
+
+    .. versionadded:: 0.1.0
+    """
+
+    pooled: bool
+    """True if a pooler, such as PgBouncer, stands between."""
+
+    shares_sessions: bool
+    """
+    True if that was seen to give one session to several clients in turn: nothing of a session (a
+    setting, ``LISTEN``, an advisory lock) is there in the next transaction for sure. False, behind
+    a pooler, says nothing.
+    """
+
+    tracks_prepared: bool
+    """True if the pooler keeps track of prepared statements, so that they work."""
+
+    max_connections: int | None
+    """The server's; None if it does not tell."""
+
+    reserved: int | None
+    """How many of these are kept for others; None if that is not known."""
+
+    allowed: int | None
+    """
+    How many connections the server allows to whoever has logged in, if nobody else has any: the
+    least of what is not reserved, the limit of the role, that of the database. None if that is
+    not known; behind a pooler it holds for all of its clients together.
+    """

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import BoundPool, ConnectionBudgetWarning, PoolManager
+from poolkeeper import BoundPool, ConnectionBudgetWarning, PoolManager, ServerFacts
 from poolkeeper._embedded import EmbeddedServer, free_port
 from tests.support.server import PASSWORD, admin, eventually
 
@@ -59,6 +59,22 @@ async def test_more_than_there_are_is_told_with_the_arithmetic(small: str) -> No
         )
         assert hint.startswith("HINT:  Set max_size to 4 or less, ")
         assert "poolkeeper explain connection-budget" in hint
+
+
+async def test_what_was_found_out_can_be_asked_for(small: str) -> None:
+    db = PoolManager(small, min_size=1)
+    assert db.server is None
+    async with db:
+        assert db.server == ServerFacts(
+            pooled=False,
+            shares_sessions=False,
+            tracks_prepared=False,
+            max_connections=12,
+            reserved=3,
+            allowed=9,
+        )
+        assert db.pool.server == db.server
+    assert db.server is None
 
 
 async def test_what_fits_is_not_told(small: str) -> None:

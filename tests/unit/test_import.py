@@ -63,7 +63,7 @@ def test_an_import_loads_what_a_manager_needs_before_it_is_opened_and_no_more(th
 
 LATER = [
     "CheckoutRow", "Diagnosis", "Finding", "Health", "LoadRow", "PoolPerLoop", "PoolSnapshot",
-    "Portal", "WaiterRow",
+    "Portal", "ServerFacts", "WaiterRow",
 ]  # fmt: skip
 
 
