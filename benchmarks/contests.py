@@ -187,10 +187,24 @@ FASTAPI = Stage(
     loops=("uvloop",),
 )
 
+THREADS = Stage(
+    "threads",
+    {BARE: (), OURS: ()},
+    {
+        "thread": Contest(
+            "query of a thread",
+            (Target("query of a thread, beside its sync pool, wall", "wall", BARE, (1.5, 1.5)),),
+        ),
+        "thread-block": Contest("block of a thread", ()),
+    },
+    loops=("asyncio",),
+)
+
 STAGES: Mapping[str, Stage] = {
     "pools": POOLS,
     "procrastinate": _client("procrastinate", "procrastinate job", "procrastinate"),
     "langgraph": _client("langgraph", "LangGraph write", "langgraph-checkpoint-postgres"),
     "psycopg-toolkit": _client("psycopg-toolkit", "psycopg-toolkit transaction", "psycopg-toolkit"),
     "fastapi": FASTAPI,
+    "threads": THREADS,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .contestants import EVERY
-from .contests import BARE, BY_HAND, FASTAPI, LOOPS, OURS, STAGES, Stage, Target
+from .contests import BARE, BY_HAND, FASTAPI, LOOPS, OURS, STAGES, THREADS, Stage, Target
 from .load import CLIENTS
 from .storm import HELD
 from .timing import quartiles, ratios
@@ -215,6 +215,10 @@ def _clients(result: Results) -> str:
     return _contests(result, (stage for stage in STAGES.values() if stage.module == "clients"))
 
 
+def _threads(result: Results) -> str:
+    return _contests(result, (THREADS,))
+
+
 def _endpoints(result: Results) -> str:
     samples = result["contests"]["fastapi"]
     rows = []
@@ -356,6 +360,14 @@ An endpoint that fetches one row, served by one process of uvicorn; {CLIENTS} cl
 "By hand" is a lifespan that opens psycopg_pool's pool and `request.app.state.pool.connection()` in the endpoint, which the ratios are to.""",  # noqa: E501
         tuple(FASTAPI.contests),
         _endpoints,
+    ),
+    Section(
+        "In a thread without a loop",
+        """\
+A thread asks for one row: of psycopg_pool's `ConnectionPool` in a block, of poolkeeper through a portal, by `portal.fetchone()` and by `portal.run()` with a block.
+The portal's CPU is that of both threads, each of which wakes the other once for a call.""",  # noqa: E501
+        tuple(THREADS.contests),
+        _threads,
     ),
     Section(
         "How the cost grows",
