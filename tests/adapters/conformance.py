@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from poolkeeper import (
     PoolManager,
     ReleasedConnectionError,
 )
+from tests.support.waiting import until
 
 ADAPTERS = (
     "aiohttp",
@@ -510,10 +511,3 @@ except ImportError as ex:
             f" {self.framework.package} is not installed",
             f'HINT:  Install it with: pip install "poolkeeper[{self.framework.extra}]"',
         ], ended.stderr
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]], timeout: float = 10) -> None:
-    """Wait for *condition* to hold."""
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.01)

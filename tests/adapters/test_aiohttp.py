@@ -22,8 +22,9 @@ from poolkeeper.adapters.aiohttp import (
     readyz,
     setup,
 )
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, until
+from .conformance import Conformance, Framework, Probe
 from .servers import Command, Served
 
 HERE = "tests/adapters/test_aiohttp.py"

@@ -37,8 +37,9 @@ from poolkeeper.adapters.blacksheep import (
     readyz,
     use_pool,
 )
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import Served
 
 HERE = "tests/adapters/test_blacksheep.py"

@@ -28,8 +28,9 @@ from typing_extensions import override
 
 from poolkeeper import LoopMismatchError, NotOpenError, PoolManager
 from poolkeeper.adapters.asgi import LifespanMiddleware, connection_from, pool_from
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import SERVERS, Command, Served, _free_port
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "examples.django.settings")

@@ -24,8 +24,9 @@ from poolkeeper.adapters.falcon import (
     readyz,
 )
 from poolkeeper.errors import see
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import Served
 
 HERE = "tests/adapters/test_falcon.py"

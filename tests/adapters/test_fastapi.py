@@ -43,8 +43,9 @@ from poolkeeper.adapters.fastapi import (
     pool,
     readyz,
 )
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import Served
 from .test_starlette import NO_POOL
 

@@ -15,8 +15,8 @@ from examples import ledger
 from examples.grpc import app
 from examples.grpc.app import protos, services
 from poolkeeper import LoopMismatchError, OpenError
+from tests.support.waiting import until
 
-from .conformance import until
 from .servers import SESSIONS, Load, Served
 
 STATUS = {

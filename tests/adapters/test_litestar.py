@@ -45,8 +45,9 @@ from poolkeeper.adapters.litestar import (
     pool_from,
     readyz,
 )
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, all_text, client, until
+from .conformance import Conformance, Framework, Probe, all_text, client
 from .servers import SERVERS, Served
 
 HERE = "tests/adapters/test_litestar.py"

@@ -14,8 +14,9 @@ from quart.testing.app import LifespanError
 
 from poolkeeper import NoConnectionError, NotOpenError, PoolManager
 from poolkeeper.adapters.quart import connection_from, exhausted, init_app, livez, pool_from, readyz
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import SERVERS, Served
 
 HERE = "tests/adapters/test_quart.py"

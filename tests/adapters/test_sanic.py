@@ -22,8 +22,9 @@ from websockets.asyncio.client import connect
 from poolkeeper import NoConnectionError, NotOpenError, PoolManager
 from poolkeeper.adapters.sanic import connection_from, exhausted, livez, pool_from, readyz, setup
 from poolkeeper.errors import see
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import SERVERS, Command, Served
 
 with warnings.catch_warnings():

@@ -43,8 +43,9 @@ from poolkeeper.adapters.starlette import (
     readyz,
 )
 from poolkeeper.errors import see
+from tests.support.waiting import until
 
-from .conformance import Conformance, Framework, Probe, client, until
+from .conformance import Conformance, Framework, Probe, client
 from .servers import Served
 
 

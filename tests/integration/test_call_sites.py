@@ -16,6 +16,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import AcquireTimeout, BoundPool, PoolManager
+from tests.support.waiting import until
 
 HERE = "tests/integration/test_call_sites.py"
 
@@ -243,12 +244,6 @@ class Orders:
 def lines_of(function: Any) -> range:
     lines, first = inspect.getsourcelines(function)
     return range(first, first + len(lines))
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.001)
 
 
 async def test_a_holder_has_the_name_of_its_function_and_the_line_that_it_awaits(

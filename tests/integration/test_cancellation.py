@@ -25,6 +25,7 @@ from poolkeeper._releasing import release
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 Body = Callable[[PoolManager[Any]], Awaitable[Any]]
@@ -39,13 +40,6 @@ def a_server_that_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (_stopping, _releasing, _closing):
         monkeypatch.setattr(module, "CANCEL_GRACE", 20.0)
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 def pids(db: PoolManager[Any]) -> set[int]:

@@ -33,10 +33,12 @@ from poolkeeper import _checking as checking_module
 from poolkeeper._embedded import EmbeddedServer
 from poolkeeper._health import Question
 from poolkeeper._watching import Watch
+from tests.support.embedded import OwnServer
 from tests.support.inside import life, shrink
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
-from tests.support.server import admin, eventually
+from tests.support.server import admin
+from tests.support.waiting import eventually, until
 from tests.support.wire import wire_of
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -48,13 +50,6 @@ IDLE = psycopg.pq.TransactionStatus.IDLE
 
 ANSWERED = "the server answered"
 BESIDE = "the server answered beside the pool, which has no connection free"
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 @contextmanager
@@ -513,7 +508,7 @@ if sys.version_info >= (3, 12):
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[EmbeddedServer]:
     """A server with room for eight: three of them for superusers, one for the role ``few``."""
-    with EmbeddedServer({"max_connections": 8, "superuser_reserved_connections": 3}) as server:
+    with OwnServer({"max_connections": 8, "superuser_reserved_connections": 3}) as server:
         admin(server.dsn(), "create role app login")
         admin(server.dsn(), "create role few login connection limit 1")
         yield server

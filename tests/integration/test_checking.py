@@ -15,6 +15,7 @@ from poolkeeper import AcquireTimeout, ClosedError, PoolManager
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import kill_sessions
+from tests.support.waiting import until
 from tests.support.wire import wire_of_session
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -34,12 +35,6 @@ def opened(make_manager: MakeManager) -> Any:
         return db
 
     return opened
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def fails(db: PoolManager[Any], timeout: float) -> AcquireTimeout:

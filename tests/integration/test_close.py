@@ -28,7 +28,8 @@ from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
-from tests.support.server import admin, eventually
+from tests.support.server import admin
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 CountSessions = Callable[[str], int]

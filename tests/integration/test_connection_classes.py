@@ -15,15 +15,10 @@ import wrapt
 from psycopg import AsyncConnection
 
 from poolkeeper import ConfigError, OpenError, PoolManager, ReleasedConnectionError
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 Plain = AsyncConnection[Any]
-
-
-async def until(holds: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def opened(make_manager: MakeManager, kind: Any = None, **settings: Any) -> PoolManager[Any]:

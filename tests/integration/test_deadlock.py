@@ -19,19 +19,13 @@ from psycopg_pool import PoolTimeout
 from poolkeeper import AcquireTimeout, PoolManager, SelfDeadlockError
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
 HERE = "tests/integration/test_deadlock.py"
 AT_ONCE = 8.0
 """Seconds; far below the 30 that a wait here would take."""
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

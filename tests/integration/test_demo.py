@@ -16,7 +16,8 @@ import pytest
 from poolkeeper import __version__
 from poolkeeper._demo.catalogue import MISTAKES
 from poolkeeper._demo.programs import Run
-from tests.support.server import admin, eventually
+from tests.support.server import admin
+from tests.support.waiting import eventually
 
 CASES = [case for mistake in MISTAKES for case in mistake.cases]
 

@@ -18,6 +18,7 @@ from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, endless
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -30,13 +31,6 @@ LONG = 1.3
 def only_stalls_that_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not let the diagnosis name what the machine does to the loop beside the test."""
     monkeypatch.setattr(LineClock, "BLOCKED", 0.7)
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def opened(make_manager: MakeManager, size: int = 2, **arguments: Any) -> PoolManager[Any]:

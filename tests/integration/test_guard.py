@@ -20,7 +20,8 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import BoundPool, LoopMismatchError, PoolManager, ReleasedConnectionError
-from tests.support.server import endless, eventually, is_at_work
+from tests.support.server import endless, is_at_work
+from tests.support.waiting import eventually
 
 SECRET = "hunter2-pw"
 HERE = "tests/integration/test_guard.py"

@@ -18,17 +18,11 @@ from poolkeeper import PoolManager
 from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.server import admin
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
 HERE = "tests/integration/test_leaks.py"
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from psycopg import waiting
 
 from poolkeeper import PoolManager, ReleasedConnectionError
 from tests.support.proxy import FaultProxy
-from tests.support.server import admin, endless, eventually, is_at_work
+from tests.support.server import admin, endless, is_at_work
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 MANY = "select generate_series(1, 20000)"

@@ -24,7 +24,7 @@ from poolkeeper import (
     PoolManager,
 )
 from tests.support.programs import run_program
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 CountSessions = Callable[[str], int]

@@ -22,6 +22,7 @@ from psycopg_pool import AsyncConnectionPool, TooManyRequests
 from poolkeeper import AcquireTimeout, PoolManager, TooManyWaitersError
 from poolkeeper._clock import LineClock
 from tests.support.inside import life
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -53,13 +54,6 @@ async def hold(one: PoolManager[Any]) -> AsyncIterator[Callable[[], Awaitable[An
             return conn
 
         yield take
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def ended(*tasks: asyncio.Task[Any]) -> list[Any]:

@@ -18,18 +18,13 @@ from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin, kill_sessions
+from tests.support.waiting import until
 from tests.support.wire import Wire, wire_of, wire_of_session
 
 MakeManager = Callable[..., PoolManager[Any]]
 
 NAME = "liveness"
 AT_ONCE = 8.0  # seconds; the pool's own patience is 30
-
-
-async def until(holds: Callable[[], bool], within: float = 10.0) -> None:
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def kill(dsn: str, manager: PoolManager[Any], *pids: int) -> int:

@@ -24,6 +24,7 @@ from poolkeeper._log import EVENTS, SAID, log
 from poolkeeper._storm import Storm
 from tests.docs.blocks import blocks, normal
 from tests.support.proxy import FaultProxy
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 ROOT = Path(__file__).parents[2]
@@ -56,12 +57,6 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[logging.LogRe
 
 
 Told = Callable[[str], list[logging.LogRecord]]
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 # --- how it is defined --------------------------------------------------------------------------

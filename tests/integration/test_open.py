@@ -27,7 +27,8 @@ from poolkeeper import (
 )
 from poolkeeper._embedded import EmbeddedServer, free_port
 from tests.support.proxy import FaultProxy
-from tests.support.server import PASSWORD, admin, eventually
+from tests.support.server import PASSWORD, admin
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 CountSessions = Callable[[str], int]

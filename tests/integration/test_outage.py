@@ -19,6 +19,7 @@ from poolkeeper._recovery import Connector
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import PASSWORD, admin, kill_sessions
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -26,12 +27,6 @@ NAME = "outage"
 SOON = 4.0  # seconds after the server accepts again; one is promised, on a quiet machine
 AT_ONCE = 8.0  # seconds; the pool's own patience is 30
 FEW = 5  # connection attempts in a second
-
-
-async def until(holds: Callable[[], bool], within: float = 10.0) -> None:
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 def complete(manager: PoolManager[Any]) -> bool:

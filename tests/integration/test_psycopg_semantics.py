@@ -29,6 +29,7 @@ from poolkeeper import (
 )
 from tests.support.inside import idle_of
 from tests.support.server import admin, kill_sessions
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 HERE = "tests/integration/test_psycopg_semantics.py"
@@ -42,12 +43,6 @@ def table(dsn: str, request: pytest.FixtureRequest) -> Any:
     admin(dsn, f"create table {name} (n int)")
     yield name
     admin(dsn, f"drop table {name}")
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

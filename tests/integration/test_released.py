@@ -20,7 +20,8 @@ from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager, ReleasedConnectionError
 from tests.support.inside import life
-from tests.support.server import admin, endless, eventually, is_at_work
+from tests.support.server import admin, endless, is_at_work
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 HERE = "tests/integration/test_released.py"

@@ -24,7 +24,8 @@ from poolkeeper import (
     ReleasedConnectionError,
 )
 from tests.support.programs import run_program
-from tests.support.server import eventually, kill_sessions
+from tests.support.server import kill_sessions
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 CountSessions = Callable[[str], int]

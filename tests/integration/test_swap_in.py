@@ -22,7 +22,7 @@ from poolkeeper import (
 )
 from poolkeeper._embedded import free_port
 from tests.support.proxy import FaultProxy
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 
 POOLS = [AsyncConnectionPool, BoundPool]
 NULL_POOLS = [AsyncNullConnectionPool, BoundNullPool]

@@ -22,17 +22,11 @@ from poolkeeper._wire import READ, READABLE, WRITABLE, WRITE, Wire
 from tests.support.inside import life
 from tests.support.programs import run_program
 from tests.support.server import admin, kill_sessions
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
 FD = Path("/proc/self/fd")
-
-
-async def until(holds: Callable[[], object], within: float = 10.0) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 def sockets() -> int:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from poolkeeper._embedded import EmbeddedServer
-from tests.support.server import admin, eventually
+from tests.support.embedded import OwnServer
+from tests.support.server import admin
+from tests.support.waiting import eventually
 
 
 class Standby(EmbeddedServer):
@@ -60,7 +62,7 @@ class Pair:
 @contextmanager
 def pair() -> Iterator[Pair]:
     """Start both; the standby has all that the primary has."""
-    with EmbeddedServer({"max_connections": 50}) as primary:
+    with OwnServer({"max_connections": 50}) as primary:
         admin(primary.dsn(), "create table written (n bigint)")
         with Standby(primary) as standby:
             assert eventually(lambda: admin(standby.dsn(), "select pg_is_in_recovery()")[0][0])

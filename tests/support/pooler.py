@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from poolkeeper._embedded import free_port
 from tests.support.proxy import FaultProxy
-from tests.support.server import admin, eventually
+from tests.support.server import admin
+from tests.support.waiting import eventually
 
 
 class OwningPooler(FaultProxy):
