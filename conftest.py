@@ -10,7 +10,7 @@ Tests marked ``fault`` always use embedded servers of their own: they stop and r
 from __future__ import annotations
 
 import asyncio
-import itertools
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,10 +22,11 @@ from psycopg import sql
 
 from poolkeeper import PoolManager
 from poolkeeper._embedded import EmbeddedServer
+from tests.support.embedded import OwnServer
 from tests.support.pooler import MODES, PGBOUNCER, pgbouncer
 from tests.support.proxy import FaultProxy
 from tests.support.redis import REDIS
-from tests.support.server import admin, make_roles
+from tests.support.server import admin, empty, make_roles
 
 pytest_plugins = ["pytest_poolkeeper"]
 
@@ -37,7 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--pooler", choices=MODES, help="put a PgBouncer of that mode in front of the server"
     )
     group.addoption(
-        "--servers", default="all", choices=["all", "few"], help="web servers to run examples on"
+        "--servers",
+        default="most",
+        choices=["all", "most", "few"],
+        help="web servers to run examples on: with most, each failed start but once",
     )
 
 
@@ -46,6 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # ignores it too: also the programs that tests interrupt.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What every test module has imported stays for good: a test that collects garbage, as many do
+    # and Python itself does, need not look through it each time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
@@ -101,23 +112,28 @@ def server_dsn(poolkeeper_dsn: str) -> str:
     return poolkeeper_dsn
 
 
-_numbers = itertools.count()
+@pytest.fixture(scope="session")
+def _database(server_dsn: str) -> Iterator[str]:
+    """The name of a database for one test after the other: to make one takes its time."""
+    name = f"test_{os.getpid()}"
+    with psycopg.connect(server_dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    yield name
+    with psycopg.connect(server_dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
-def database(dsn: str) -> Iterator[str]:
-    """The DSN of a database of the test's own."""
-    name = sql.Identifier(f"test_{os.getpid()}_{next(_numbers)}")
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        conn.execute(sql.SQL("create database {}").format(name))
-        yield psycopg.conninfo.make_conninfo(dsn, dbname=name.as_string().strip('"'))
-        conn.execute(sql.SQL("drop database {} with (force)").format(name))
+def database(dsn: str, server_dsn: str, _database: str) -> Iterator[str]:
+    """The DSN of a database of the test's own, which is empty."""
+    yield psycopg.conninfo.make_conninfo(dsn, dbname=_database)
+    empty(psycopg.conninfo.make_conninfo(server_dsn, dbname=_database))
 
 
 @pytest.fixture(scope="session")
 def scram_server() -> Iterator[EmbeddedServer]:
     """A server that asks for a password: role ``app``, password ``s3cret-pw``; 12 connections."""
-    server = EmbeddedServer(
+    server = OwnServer(
         {"max_connections": 12},
         hba=[
             "host all postgres 127.0.0.1/32 trust",
@@ -132,7 +148,7 @@ def scram_server() -> Iterator[EmbeddedServer]:
 @pytest.fixture
 def own_server() -> Iterator[EmbeddedServer]:
     """A server of the test's own, running, that it may stop and restart."""
-    with EmbeddedServer({"max_connections": 50}) as server:
+    with OwnServer({"max_connections": 50}) as server:
         yield server
 
 

@@ -13,18 +13,12 @@ from psycopg import IsolationLevel, pq, sql
 
 from poolkeeper import PoolManager
 from tests.support.server import admin
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 Asks = Callable[[Any], Awaitable[object]]
 
 OFF = pq.PipelineStatus.OFF
-
-
-async def until(holds: Callable[[], object]) -> None:
-    """Wait until *holds* does."""
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 def asking(query: Any, params: Any = None, **kwargs: Any) -> Asks:

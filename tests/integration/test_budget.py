@@ -19,7 +19,8 @@ import pytest
 
 from poolkeeper import BoundPool, ConnectionBudgetWarning, PoolManager, ServerFacts
 from poolkeeper._embedded import EmbeddedServer, free_port
-from tests.support.server import PASSWORD, admin, eventually
+from tests.support.server import PASSWORD, admin
+from tests.support.waiting import eventually
 
 # The server has max_connections=12, 3 of them for superusers.
 

@@ -41,17 +41,12 @@ from tests.integration.test_logging import fields_of
 from tests.support.inside import life, shrink
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 HERE = "tests/integration/test_events.py"
 
 request: ContextVar[str] = ContextVar("request", default="nobody's")
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 class Heard:

@@ -21,7 +21,8 @@ from psycopg.types.json import Jsonb
 from poolkeeper import ClosedError, LoopMismatchError, PoolManager, QueryTimeout, _lane, _oneshots
 from tests.support.inside import life
 from tests.support.pooler import PGBOUNCER, pgbouncer
-from tests.support.server import admin, eventually, kill_sessions
+from tests.support.server import admin, kill_sessions
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 

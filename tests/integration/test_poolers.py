@@ -26,7 +26,7 @@ from tests.support.pooler import (
     pgbouncer,
     pgbouncer_version,
 )
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
 

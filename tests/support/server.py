@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +32,29 @@ def make_roles(server: EmbeddedServer) -> None:
         admin(server.dsn(), statement)
 
 
+EMPTY = """
+do $$ declare name text; begin
+    for name in select nspname from pg_namespace
+        where not starts_with(nspname, 'pg_') and nspname <> 'information_schema'
+    loop
+        execute format('drop schema %I cascade', name);
+    end loop;
+    create schema public authorization pg_database_owner;
+    grant usage on schema public to public;
+end $$
+"""
+
+
+def empty(dsn: str) -> None:
+    """Make a database as it was when it was made, with nobody in it."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        conn.execute(EMPTY)
+
+
 def is_at_work(dsn: str, pid: int) -> bool:
     """
     Tell whether the server process *pid* stands in the middle of a query: asleep, or at a lock.
@@ -51,13 +73,3 @@ def endless(dsn: str) -> Iterator[str]:
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("select pg_advisory_lock(%s)", (key,))
         yield f"pg_advisory_xact_lock({key})"
-
-
-def eventually(holds: Callable[[], bool], within: float = 10.0) -> bool:
-    """Wait until *holds* does; for what a server does in its own time."""
-    until = time.monotonic() + within
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
