@@ -27,8 +27,9 @@ from poolkeeper import NotOpenError, OpenError, PoolManager
 from poolkeeper.adapters import fastapi, starlette
 from poolkeeper.adapters.asgi import KEY, LifespanMiddleware, connection_from, exhausted, pool_from
 from poolkeeper.errors import see
+from tests.support.waiting import until
 
-from .conformance import ADAPTERS, Conformance, Framework, Probe, client, until
+from .conformance import ADAPTERS, Conformance, Framework, Probe, client
 from .servers import Served
 
 Scope = MutableMapping[str, Any]
@@ -137,6 +138,7 @@ class TestASGI(Conformance):
 
 class TestASGIServed(Served):
     example = "asgi"
+    tells_for_all = True
 
 
 # --- the lifespan of the application inside ---------------------------------------------------

@@ -8,14 +8,9 @@ from contextlib import suppress
 from typing import Any
 
 from poolkeeper import AcquireTimeout, PoolManager
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def report(db: PoolManager[Any], timeout: float | None = None) -> None:
