@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from importlib import metadata
 from pathlib import Path
@@ -76,7 +76,9 @@ def test_a_page_does_what_it_says(
     # "make pages" does all of them twice, which takes its time.
     times = TWICE if page.stem in ("quickstart", "semantics") else 1
     with database_url(dsn, f"page_{page.stem.lower()}") as url:
-        env = environment(url, own_programs(), PYTHONPATH=str(wheel))
+        env = environment(
+            url, own_programs(), PYTHONPATH=str(wheel), PYTEST_ADDOPTS=without_plugins(page, wheel)
+        )
         if needs_redis(page):
             env["REDIS_URL"] = request.getfixturevalue("redis")
         for _ in range(times):
@@ -123,6 +125,40 @@ def brought(lines: list[str], wheel: Path) -> set[str]:
     return {name for name, _ in seen}
 
 
+def without_plugins(page: Path, wheel: Path) -> str:
+    """Keep from pytest the plugins that this environment has and the page's reader has not."""
+    here = brought(installs(page), wheel)
+    return " ".join(
+        f"-p no:{plugin.name}" for name, plugin in plugins_here() if name_of(name) not in here
+    )
+
+
+@cache
+def plugins_here() -> list[tuple[str, metadata.EntryPoint]]:
+    """Return pytest's plugins in this environment, each with the distribution it is from."""
+    return [
+        (here.name, plugin)
+        for here in metadata.distributions()
+        for plugin in here.entry_points.select(group="pytest11")
+    ]
+
+
+@cache
+def owners() -> dict[str, list[str]]:
+    """Return the distributions that a module may be from."""
+    return {**metadata.packages_distributions(), "poolkeeper": ["poolkeeper"]}
+
+
+@cache
+def scripts() -> dict[str, str]:
+    """Return the distribution of each command."""
+    return {
+        script.name: here.name
+        for here in metadata.distributions()
+        for script in here.entry_points.select(group="console_scripts")
+    }
+
+
 def used(page: Path) -> tuple[set[str], set[str]]:
     """Return the modules that a page imports, other than its own files, and what it runs."""
     pasted = [block for block in blocks(page) if not block.source]
@@ -150,16 +186,10 @@ def test_what_a_page_uses_is_brought_by_its_own_pip_line(page: Path, wheel: Path
     """The suite's environment has everything; a reader's has not."""
     has = brought(installs(page), wheel)
     modules, commands = used(page)
-    owners = {**metadata.packages_distributions(), "poolkeeper": ["poolkeeper"]}
-    scripts = {
-        script.name: here.name
-        for here in metadata.distributions()
-        for script in here.entry_points.select(group="console_scripts")
-    }
     for module in modules - sys.stdlib_module_names:
-        assert {name_of(name) for name in owners[module]} & has, module
-    for command in commands & set(scripts):
-        assert name_of(scripts[command]) in has, command
+        assert {name_of(name) for name in owners()[module]} & has, module
+    for command in commands & set(scripts()):
+        assert name_of(scripts()[command]) in has, command
 
 
 def page_of(text: str, directory: Path) -> Path:
