@@ -22,17 +22,12 @@ from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
 from tests.support.proxy import FaultProxy
 from tests.support.server import admin
+from tests.support.waiting import until
 
-SECONDS = float(os.environ.get("POOLKEEPER_STORM", "30"))
+SECONDS = float(os.environ.get("POOLKEEPER_STORM", "10"))
 NAME = "storm"
 TASKS = 60
 SIZE = 8
-
-
-async def until(holds: Any, within: float = 20.0) -> None:
-    async with asyncio.timeout(within):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 class Storm:
@@ -155,8 +150,9 @@ class Storm:
                     self.db.diagnose()
 
     async def restarter(self) -> None:
-        while self.until - time.monotonic() > 6:
-            await asyncio.sleep(5)
+        pause = min(5.0, SECONDS / 4)
+        while self.until - time.monotonic() > pause + 1:
+            await asyncio.sleep(pause)
             mode = self.random.choice(["fast", "immediate"])
             await asyncio.to_thread(self.server.restart, mode)
 
