@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from ._line import Line
 from ._snapshot import LoadRow
 from ._status import ACTIVE, IDLE, INERROR, UNKNOWN
-from ._where import Code, asker, function_of, site
+from ._where import Code, answering, asker, function_of, site
 
 
 class EndedTask:
@@ -166,7 +166,8 @@ class Checkout:
         }
 
     def __str__(self) -> str:
-        return f'in task "{self.task_name}" at {asker(self.code, self.lineno)}'
+        code = answering(self.code, self.task)
+        return f'in task "{self.task_name}" at {asker(code, self.lineno)}'
 
 
 class _Window:

@@ -21,7 +21,7 @@ from ._diagnosis import Diagnosis, diagnose
 from ._line import Waiter
 from ._snapshot import CheckoutRow, PoolSnapshot, WaiterRow
 from ._status import BAD, IDLE, UNKNOWN
-from ._where import Code, asker, is_library, route_of, site, where_now
+from ._where import Code, answering, asker, is_library, route_of, site, where_now
 from .errors import see
 
 Task: TypeAlias = "asyncio.Task[Any]"
@@ -77,6 +77,7 @@ def note_held(
         awaits, outside = where_now(task, code)
         if _is_nobodys(code) and (own := outside or awaits):
             code, lineno = own
+        code = answering(code, task)
         structured = checkout.structured
         held.append(
             Held(
@@ -121,6 +122,7 @@ def note_waiting(waiters: Iterable[Waiter]) -> list[Waiting]:
         task, code, lineno = waiter.task, waiter.code, waiter.lineno
         if _is_nobodys(code) and (own := where_now(task, code)[0]):
             code, lineno = own
+        code = answering(code, task)
         name = task.get_name() if task else ""
         waiting.append(Waiting(name, id(task), code, lineno, waiter.since))
     return waiting

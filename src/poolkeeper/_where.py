@@ -17,7 +17,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -315,6 +316,66 @@ def where_now(
 
 
 _DEEPEST = 500
+
+Route: TypeAlias = tuple[str, str] | None
+"""Method, or ``WEBSOCKET``, and the template of the path; None if it is not known."""
+
+_tellers: list[Callable[[Any], Route]] = []
+
+_REQUESTS = frozenset({"scope", "request", "req"})
+
+
+def routes_are_told_by(teller: Callable[[Any], Route]) -> None:
+    """
+    Let *teller* be asked for the route of what a framework knows a request by.
+
+    Frameworks hand a request from function to function, under one of a few names. There it is
+    found when words are made; so a request pays nothing for it.
+
+    Args:
+        teller: Returns None for what it does not know.
+    """
+    _tellers.append(teller)
+
+
+def answering(code: Code, task: object) -> Code:
+    """Return *code* with the route of the request that *task* answers, if that is known."""
+    if not _tellers or isinstance(code, Handler) or not isinstance(task, asyncio.Task):
+        return code
+    for frame in _frames(cast(Any, task)):
+        for name in _requests_in(frame.f_code):
+            found = frame.f_locals.get(name)
+            for teller in _tellers:
+                with suppress(Exception):  # such as of a request that is not complete
+                    route = None if found is None else teller(found)
+                    if route is not None:
+                        return Handler(code, *route)
+    return code
+
+
+@cache
+def _requests_in(code: CodeType) -> tuple[str, ...]:
+    # Of frameworks alone: to read what the program's own code has would keep it alive.
+    known = _REQUESTS.intersection(code.co_varnames) if _is_installed(code.co_filename) else ()
+    return tuple(known)
+
+
+def _frames(task: asyncio.Task[Any]) -> Iterator[FrameType]:
+    """Give the frames that *task* stands at; of the one that runs, those that it is in."""
+    coroutine: Any = task.get_coro()
+    outermost: FrameType | None = getattr(coroutine, "cr_frame", None)
+    if not getattr(coroutine, "cr_running", False):
+        for _ in range(_DEEPEST):
+            frame: FrameType | None = getattr(coroutine, "cr_frame", None)
+            if frame is None:
+                break
+            yield frame
+            coroutine = coroutine.cr_await
+    elif running_loop() is not None and asyncio.current_task() is task:
+        frame = sys._getframe(1)
+        while frame is not None:
+            yield frame
+            frame = None if frame is outermost else frame.f_back
 
 
 @cache

@@ -72,7 +72,7 @@ class Probe:
         """To be run by the application's own shutdown hook."""
         self.events.append(f"shutdown: {await self.db.fetchval('select 1')}")
 
-    # --- GET /value, /orders/{number}, /unasked, /same, /stream, /kept --------------------------
+    # --- GET /value, /orders/{number}, /helped/{number}, /unasked, /same, /stream, /kept ----------
 
     async def value(self, conn: AsyncConnection[Any]) -> str:
         """GET /value: what a query says."""
@@ -83,6 +83,11 @@ class Probe:
         """GET /orders/{number}: a handler named ``order``, which works until it may go on."""
         await self.go_on.wait()
         return await self.value(conn)
+
+    async def helped(self) -> str:
+        """GET /helped/{number}: a handler that asks for no connection, and calls what does."""
+        async with self.db.connection() as conn:
+            return await self.order(conn)
 
     def unasked(self) -> str:
         """GET /unasked: a handler that asks for no connection; how many are in use."""
@@ -405,6 +410,21 @@ class Conformance:
         line = Path(file).read_text().splitlines()[int(found[2]) - 1].strip()
         assert line.startswith(("async def order(", "async with connection_from("))
         assert f" at {asker}, held " in str(caught.value)
+
+    async def test_what_a_handler_calls_that_asks_the_manager_is_named_by_its_route_too(
+        self, http: Any, db: PoolManager[Any], probe: Probe
+    ) -> None:
+        """Whether it holds or waits, and asks for itself whose request it is for or not."""
+        requests = [asyncio.create_task(http.get(f"/helped/47{n}?for=me")) for n in range(3)]
+        await until(lambda: db.snapshot().in_use == 2 and db.snapshot().waiting == 1)
+        snapshot = db.diagnose().snapshot
+        probe.go_on.set()
+        assert [(await request).text for request in requests] == ["(1,)"] * 3
+        line = Probe.helped.__code__.co_firstlineno + 2
+        place = f"tests/adapters/conformance.py:{line} in Probe.helped"
+        route = self.framework.order.replace("orders", "helped")
+        rows = (*snapshot.checkouts, *snapshot.waiters)
+        assert [row.asker for row in rows] == [f"{route}, {place}" if route else place] * 3
 
     async def test_where_no_connection_can_be_had_the_answer_is_503_and_when_to_come_again(
         self, store: str

@@ -45,6 +45,9 @@ def routes(probe: Probe) -> list[web.RouteDef]:
         async with connection_from(request) as conn:
             return web.Response(text=await probe.order(conn))
 
+    async def helped(request: web.Request) -> web.Response:
+        return web.Response(text=await probe.helped())
+
     async def unasked(request: web.Request) -> web.Response:
         return web.Response(text=probe.unasked())
 
@@ -82,6 +85,7 @@ def routes(probe: Probe) -> list[web.RouteDef]:
     return [
         web.get("/value", value),
         web.get("/orders/{number}", order),
+        web.get("/helped/{number}", helped),
         web.get("/unasked", unasked),
         web.get("/same", same),
         web.get("/stream", stream),

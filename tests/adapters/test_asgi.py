@@ -81,6 +81,8 @@ class OnASGI(Framework):
                     async with connection_from(scope) as conn:
                         value = await probe.order(conn)
                     await answer(send, value)
+                case path if path.startswith("/helped/"):
+                    await answer(send, await probe.helped())
                 case "/unasked":
                     await answer(send, probe.unasked())
                 case "/same":

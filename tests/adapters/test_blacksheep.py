@@ -77,6 +77,10 @@ class OnBlackSheep(Framework):
         async def order(number: int, conn: DepConnection) -> str:
             return await probe.order(conn)
 
+        @app.router.get("/helped/{number}")
+        async def helped(number: int) -> str:
+            return await probe.helped()
+
         @app.router.get("/unasked")
         async def unasked(db: PoolManager) -> str:
             return probe.unasked()

@@ -70,6 +70,10 @@ async def order(request: HttpRequest, number: int) -> HttpResponse:
         return HttpResponse(await Site.probe.order(conn))
 
 
+async def helped(request: HttpRequest, number: int) -> HttpResponse:
+    return HttpResponse(await Site.probe.helped())
+
+
 async def unasked(request: HttpRequest) -> HttpResponse:
     return HttpResponse(Site.probe.unasked())
 
@@ -130,6 +134,7 @@ def staying(request: HttpRequest) -> HttpResponse:
 urlpatterns = [
     path("value", value),
     path("orders/<int:number>", order),
+    path("helped/<int:number>", helped),
     path("unasked", unasked),
     path("same", same),
     path("stream", stream),

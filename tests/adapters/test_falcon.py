@@ -47,6 +47,11 @@ class Order(Value):
             resp.text = await self.probe.order(conn)
 
 
+class Helped(Value):
+    async def on_get(self, req: Request, resp: Response, *, number: str) -> None:
+        resp.text = await self.probe.helped()
+
+
 class Unasked(Value):
     async def on_get(self, req: Request, resp: Response) -> None:
         resp.text = self.probe.unasked()
@@ -120,6 +125,7 @@ class OnFalcon(Framework):
         app.add_error_handler(NoConnectionError, exhausted)
         app.add_route("/value", Value(probe))
         app.add_route("/orders/{number}", Order(probe))
+        app.add_route("/helped/{number}", Helped(probe))
         app.add_route("/unasked", Unasked(probe))
         app.add_route("/same", Same(probe))
         app.add_route("/stream", Stream(probe))

@@ -25,6 +25,7 @@ from psycopg import AsyncConnection
 from pydantic import BaseModel
 
 from poolkeeper import (
+    AcquireTimeout,
     LoopMismatchError,
     NoConnectionError,
     NotOpenError,
@@ -77,6 +78,10 @@ class OnFastAPI(Framework):
         @app.get("/orders/{number}")
         async def order(number: int, conn: DepConnection) -> str:
             return await probe.order(conn)
+
+        @app.get("/helped/{number}")
+        async def helped(number: int) -> str:
+            return await probe.helped()
 
         @app.get("/unasked")
         async def unasked(pool: DepPool) -> str:
@@ -177,6 +182,52 @@ async def insert(conn: AsyncConnection[Any], text: str) -> None:
 def line_of(function: Any) -> str:
     """Where the diagnosis says that a connection was acquired for *function*."""
     return f"{HERE}:{function.__code__.co_firstlineno + 1}"  # not that of its decorator
+
+
+async def test_a_dependency_that_asks_the_manager_is_named_by_the_route_that_it_is_for(
+    db: PoolManager[Any],
+) -> None:
+    """While it waits, too, when the endpoint was not called yet."""
+    goes_on = asyncio.Event()
+
+    async def lent() -> AsyncIterator[AsyncConnection[Any]]:
+        async with db.connection() as conn:
+            yield conn
+
+    app = FastAPI(lifespan=lifespan(db))
+
+    @app.get("/orders/{number}")
+    async def order(number: int, conn: Annotated[AsyncConnection[Any], Depends(lent)]) -> int:
+        await goes_on.wait()
+        return await one(conn)
+
+    async with LifespanManager(app) as served, client(served.app) as http:
+        requests = [asyncio.create_task(http.get(f"/orders/{n}")) for n in range(2)]
+        await until(lambda: db.snapshot().in_use == 1 and db.snapshot().waiting == 1)
+        snapshot = db.snapshot()
+        goes_on.set()
+        assert [(await request).status_code for request in requests] == [200, 200]
+    asker = f"GET /orders/{{number}}, {line_of(lent)} in lent"
+    assert [row.asker for row in (*snapshot.checkouts, *snapshot.waiters)] == [asker, asker]
+
+
+async def test_a_request_that_is_refused_what_it_holds_itself_is_named_by_its_route(
+    db: PoolManager[Any],
+) -> None:
+    """It runs in that moment, and stands nowhere."""
+    app = FastAPI(lifespan=lifespan(db))
+
+    @app.get("/orders/{number}")
+    async def order(number: int) -> str:
+        async with db.connection():
+            with pytest.raises(AcquireTimeout) as caught:
+                await db.fetchval("select 1", timeout=0.1)
+        return str(caught.value)
+
+    async with LifespanManager(app) as served, client(served.app) as http:
+        said = (await http.get("/orders/1")).json()
+    asker = f"GET /orders/{{number}}, {HERE}:{order.__code__.co_firstlineno + 2} in order"
+    assert f" at {asker}" in said
 
 
 # --- the test client ----------------------------------------------------------------------------

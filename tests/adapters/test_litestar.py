@@ -78,6 +78,10 @@ class OnLitestar(Framework):
         async def order(number: FromPath[int], db_connection: DepConnection) -> str:
             return await probe.order(db_connection)
 
+        @get("/helped/{number:int}", media_type=MediaType.TEXT)
+        async def helped(number: FromPath[int]) -> str:
+            return await probe.helped()
+
         @get("/unasked")
         async def unasked(db_pool: DepPool) -> str:
             return probe.unasked()
@@ -118,8 +122,8 @@ class OnLitestar(Framework):
 
         return Litestar(
             [
-                value, order, unasked, same, stream, kept, items, fail, reject, fail_at_commit,
-                livez, readyz,
+                value, order, helped, unasked, same, stream, kept, items, fail, reject,
+                fail_at_commit, livez, readyz,
             ],
             plugins=[PoolPlugin(probe.db)],
             lifespan=[own],

@@ -46,6 +46,10 @@ class OnQuart(Framework):
             async with connection_from() as conn:
                 return await probe.order(conn)
 
+        @app.get("/helped/<int:number>")
+        async def helped(number: int) -> str:
+            return await probe.helped()
+
         @app.get("/unasked")
         async def unasked() -> str:
             return probe.unasked()

@@ -71,6 +71,10 @@ class OnSanic(Framework):
             async with connection_from(request) as conn:
                 return text(await probe.order(conn))
 
+        @app.get("/helped/<number:int>")
+        async def helped(request: Request, number: int) -> Any:
+            return text(await probe.helped())
+
         @app.get("/unasked")
         async def unasked(request: Request) -> Any:
             return text(probe.unasked())

@@ -62,6 +62,9 @@ class OnStarlette(Framework):
             async with connection_from(request) as conn:
                 return PlainTextResponse(await probe.order(conn))
 
+        async def helped(request: Request) -> Response:
+            return PlainTextResponse(await probe.helped())
+
         async def unasked(request: Request) -> Response:
             return PlainTextResponse(probe.unasked())
 
@@ -106,6 +109,7 @@ class OnStarlette(Framework):
             routes=[
                 Route("/value", value),
                 Route("/orders/{number:int}", order),
+                Route("/helped/{number:int}", helped),
                 Route("/unasked", unasked),
                 Route("/same", same),
                 Route("/stream", stream),

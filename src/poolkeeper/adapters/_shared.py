@@ -30,9 +30,11 @@ from poolkeeper import (
 )
 from poolkeeper._log import log as log
 from poolkeeper._where import Behalf, Handler
+from poolkeeper._where import Route as Route
 from poolkeeper._where import call_site as call_site
 from poolkeeper._where import code_behind as code_behind
 from poolkeeper._where import program_frame as program_frame
+from poolkeeper._where import routes_are_told_by as routes_are_told_by
 from poolkeeper.errors import hide_from_pytest, see
 
 KEY = "poolkeeper"
@@ -198,14 +200,19 @@ def pool_in(state: State | None, key: str, hint: str) -> PoolManager[Any]:
 
 _HELD = "poolkeeper.held"
 
-Route: TypeAlias = tuple[str, str] | None
-"""Method, or ``WEBSOCKET``, and the template of the path; None if the framework does not tell."""
-
 
 def asgi_route(scope: Mapping[str, Any]) -> Route:
     """Return what Starlette, and what is built on it, has found for a request."""
     path: str | None = getattr(scope.get("route"), "path", None)
     return (scope.get("method", "WEBSOCKET"), path) if path else None
+
+
+def scope_in(found: Any) -> dict[str, Any]:
+    """Return *found* if it is an ASGI scope, else an empty one."""
+    return found if type(found) is dict else {}  # pyright: ignore[reportUnknownVariableType]
+
+
+routes_are_told_by(lambda found: asgi_route(scope_in(found)))
 
 
 class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):

@@ -22,7 +22,18 @@ from psycopg import AsyncConnection
 
 from poolkeeper import NoConnectionError, PoolManager
 
-from ._shared import Answer, RequestConnection, Route, Span, alive, busy, pool_in, ready, requires
+from ._shared import (
+    Answer,
+    RequestConnection,
+    Route,
+    Span,
+    alive,
+    busy,
+    pool_in,
+    ready,
+    requires,
+    routes_are_told_by,
+)
 
 with requires("aiohttp"):
     from aiohttp import web
@@ -176,6 +187,9 @@ def connection_from(
 def _route(request: web.Request) -> Route:
     resource = request.match_info.route.resource
     return None if resource is None else (request.method, resource.canonical)
+
+
+routes_are_told_by(lambda found: _route(found) if isinstance(found, web.Request) else None)
 
 
 @web.middleware

@@ -38,6 +38,7 @@ from ._shared import (
     log,
     pool_in,
     ready,
+    routes_are_told_by,
 )
 
 __all__ = ["KEY", "LifespanMiddleware", "connection_from", "exhausted", "pool_from"]
@@ -433,6 +434,9 @@ def connection_from(
 def _django_route(request: Any) -> Route:
     path: str | None = getattr(getattr(request, "resolver_match", None), "route", None)
     return None if path is None else (request.method, f"/{path}")
+
+
+routes_are_told_by(_django_route)
 
 
 def _scope(request: object) -> Scope | None:

@@ -36,6 +36,7 @@ from ._shared import (
     pool_in,
     ready,
     requires,
+    routes_are_told_by,
 )
 
 with requires("blacksheep"):
@@ -300,6 +301,9 @@ def _route(request: Request) -> Route:
     # The request does not say. That it was matched just now is in the router's cache.
     match = router.get_match(request) if router is not None else None
     return None if match is None else (request.method, match.pattern.decode())
+
+
+routes_are_told_by(lambda found: _route(found) if isinstance(found, Request) else None)
 
 
 def _response(answer: Answer) -> Response:

@@ -24,7 +24,19 @@ from psycopg import AsyncConnection
 
 from poolkeeper import PoolManager
 
-from ._shared import KEY, Answer, RequestConnection, Span, alive, busy, pool_in, ready, requires
+from ._shared import (
+    KEY,
+    Answer,
+    RequestConnection,
+    Route,
+    Span,
+    alive,
+    busy,
+    pool_in,
+    ready,
+    requires,
+    routes_are_told_by,
+)
 
 with requires("falcon"):
     from falcon.asgi import Request, Response, WebSocket
@@ -143,9 +155,15 @@ def connection_from(
 
     .. versionadded:: 0.1.0
     """
+    return RequestConnection(req.scope, pool_from(req, key), sys._getframe(1), _route(req))
+
+
+def _route(req: Request) -> Route:
     path = req.uri_template
-    route = (req.scope.get("method", "WEBSOCKET"), path) if path else None
-    return RequestConnection(req.scope, pool_from(req, key), sys._getframe(1), route)
+    return (req.scope.get("method", "WEBSOCKET"), path) if path else None
+
+
+routes_are_told_by(lambda found: _route(found) if isinstance(found, Request) else None)
 
 
 async def exhausted(req: Request, resp: Response, ex: Exception, params: Any) -> None:  # noqa: ARG001

@@ -34,6 +34,8 @@ from ._shared import (
     pool_in,
     ready,
     requires,
+    routes_are_told_by,
+    scope_in,
 )
 
 with requires("litestar"):
@@ -131,7 +133,7 @@ class PoolPlugin(InitPlugin):
         async def connection(scope: Scope) -> AsyncGenerator[AsyncConnection[Any]]:
             # The handler's line, however many dependencies lie between.
             injected = RequestConnection(
-                _as_dict(scope), _pool_in(scope, key), _handler(scope), _route(scope)
+                _as_dict(scope), _pool_in(scope, key), _handler(scope), _route(_as_dict(scope))
             )
             _as_dict(scope).setdefault(_INJECTED, []).append(injected)
             async with injected as conn:
@@ -217,7 +219,7 @@ def connection_from(
     """
     scope = connection.scope
     manager = _pool_in(scope, key)
-    return RequestConnection(_as_dict(scope), manager, sys._getframe(1), _route(scope))
+    return RequestConnection(_as_dict(scope), manager, sys._getframe(1), _route(_as_dict(scope)))
 
 
 def exhausted(request: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:  # noqa: ARG001
@@ -286,10 +288,12 @@ def _handler(scope: Scope) -> Any:
     return getattr(fn, "_fn", fn)  # behind the object that websocket_listener() puts in its place
 
 
-def _route(scope: Scope) -> Route:
-    found = _as_dict(scope)
+def _route(found: dict[str, Any]) -> Route:
     path: str | None = found.get("path_template")
     return (found.get("method", "WEBSOCKET"), path) if path else None
+
+
+routes_are_told_by(lambda found: _route(scope_in(found)))
 
 
 def _as_dict(scope: Scope) -> dict[str, Any]:

@@ -34,12 +34,15 @@ from ._shared import (
     pool_in,
     ready,
     requires,
+    routes_are_told_by,
 )
 
 with requires("quart"):
     from quart import (
         Quart,
+        Request,
         Response,
+        Websocket,
         current_app,
         g,
         has_request_context,
@@ -170,10 +173,17 @@ def connection_from(key: str = KEY) -> AbstractAsyncContextManager[AsyncConnecti
 
 def _route() -> Route:
     served = request if has_request_context() else websocket if has_websocket_context() else None
-    rule = served.url_rule if served is not None else None
-    if served is None or rule is None:
-        return None
-    return (served.method if served is request else "WEBSOCKET", rule.rule)
+    return None if served is None else _route_of(served)
+
+
+def _route_of(served: Request | Websocket) -> Route:
+    rule = served.url_rule
+    return None if rule is None else (getattr(served, "method", "WEBSOCKET"), rule.rule)
+
+
+routes_are_told_by(
+    lambda found: _route_of(found) if isinstance(found, Request | Websocket) else None
+)
 
 
 async def exhausted(error: Exception) -> Response:  # noqa: ARG001

@@ -35,6 +35,7 @@ from ._shared import (
     pool_in,
     ready,
     requires,
+    routes_are_told_by,
 )
 
 with requires("sanic"):
@@ -185,6 +186,13 @@ def connection_from(
 def _route(request: Request[Any, Any]) -> Route:
     path = request.uri_template
     return (request.method, path) if path else None
+
+
+def _told(found: Any) -> Route:
+    return _route(found) if isinstance(found, Request) else None  # pyright: ignore[reportUnknownArgumentType]
+
+
+routes_are_told_by(_told)
 
 
 async def exhausted(request: Request[Any, Any], exc: Exception) -> HTTPResponse:  # noqa: ARG001
