@@ -76,7 +76,7 @@ class Server:
                     return
             await asyncio.sleep(0.1)
 
-    async def ended(self, timeout: float = 30) -> int:
+    async def ended(self, timeout: float = 90) -> int:
         """Wait for its end; return the exit status."""
         try:
             await until(lambda: self.process.poll() is not None, timeout)

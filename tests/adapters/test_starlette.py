@@ -355,7 +355,7 @@ def test_one_that_does_not_is_named_by_the_diagnosis(database: str) -> None:
     with TestClient(app) as http, pytest.raises(AcquireTimeout) as caught:
         http.get("/value")
     assert caught.value.diagnosis.cause == "held-but-hardly-used"
-    assert f"acquired at {HERE}:{line} in ask." in str(caught.value)
+    assert f"acquired at GET /value, {HERE}:{line} in ask." in str(caught.value)
 
 
 def test_an_endpoint_that_is_a_class(db: PoolManager[Any]) -> None:

@@ -661,7 +661,7 @@ async def test_a_query_beside_that_gets_no_answer_is_given_up(make: Any, proxy: 
     db = await make(proxy.dsn, connection_class=Stalls)
     async with exhausted(db):
         with at_once():
-            health = await db.check(timeout=0.2)
+            health = await db.check(timeout=2)  # for a login, and an answer that does not come
         assert (health.ok, health.beside) == (False, True)
         await until(lambda: not checks())
         assert made == 2
