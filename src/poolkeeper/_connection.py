@@ -334,7 +334,7 @@ class RetiredConnection(BoundConnection):
         """Return the error that says why the handle cannot be used any more."""
         raise NotImplementedError
 
-    def _refuse(self, *_: Any) -> NoReturn:
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise self.refusal()
 
     def _history(self, last: str) -> str:
@@ -367,19 +367,11 @@ class RetiredConnection(BoundConnection):
         return False
 
     @override
-    def wait(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse()
-
-    @override
-    def cursor(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse()
-
-    @override
     async def close(self) -> None:
         keeper = self._keeper()
         if keeper is not None and keeper.close_returns:
             return  # close() gave it back; closing twice is allowed
-        self._refuse()
+        raise self.refusal()
 
     @override
     def __repr__(self) -> str:
@@ -388,6 +380,17 @@ class RetiredConnection(BoundConnection):
     @override
     def __del__(self, *_: Any) -> None:
         pass  # the session is not ours any more
+
+
+# All of them would refuse, when they come to the session. So that the line of whoever calls is next
+# to the last in the traceback, they do it at once.
+for _name in (
+    *("cursor", "execute", "wait", "commit", "rollback", "transaction", "pipeline", "notifies"),
+    *("set_autocommit", "set_isolation_level", "set_read_only", "set_deferrable", "fileno"),
+    *("tpc_begin", "tpc_prepare", "tpc_commit", "tpc_rollback", "tpc_recover"),
+):
+    setattr(RetiredConnection, _name, RetiredConnection._refuse)
+RetiredConnection.info = property(RetiredConnection._refuse)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _AFTER_BLOCK = (

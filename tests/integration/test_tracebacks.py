@@ -153,6 +153,61 @@ async def test_a_pool_that_cannot_be_opened(make_manager: MakeManager) -> None:
     assert_short(caught.value)
 
 
+async def begin(conn: Any) -> None:
+    async with conn.transaction():
+        pass
+
+
+async def pipeline(conn: Any) -> None:
+    async with conn.pipeline():
+        pass
+
+
+async def notifies(conn: Any) -> None:
+    async for _ in conn.notifies():
+        pass
+
+
+async def stream(conn: Any) -> None:
+    async for _ in conn.cursor().stream("select 1"):
+        pass
+
+
+async def copy(conn: Any) -> None:
+    async with conn.cursor().copy("copy (select 1) to stdout"):
+        pass
+
+
+async def backend_pid(conn: Any) -> None:
+    _ = conn.info.backend_pid
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        begin, pipeline, notifies, stream, copy, backend_pid,
+        lambda conn: conn.execute("select 1"),
+        lambda conn: conn.cursor().execute("select 1"),
+        lambda conn: conn.commit(),
+        lambda conn: conn.rollback(),
+        lambda conn: conn.close(),
+        lambda conn: conn.set_autocommit(True),
+        lambda conn: conn.tpc_recover(),
+    ],
+)  # fmt: skip
+async def test_whatever_is_asked_of_a_connection_that_was_given_back(
+    db: PoolManager[Any], use: Any
+) -> None:
+    async with db.connection() as conn:
+        cursor = conn.cursor()
+    with pytest.raises(ReleasedConnectionError) as caught:
+        await use(conn)
+    assert_short(caught.value)
+    with pytest.raises(ReleasedConnectionError) as caught:
+        await cursor.execute("select 1")
+    assert_short(caught.value)
+
+
 async def test_what_was_given_back_or_lost(db: PoolManager[Any]) -> None:
     async with db.connection() as conn:
         pass
