@@ -25,8 +25,9 @@ from poolkeeper import BoundNullPool, BoundPool, ConfigError, PoolManager
 from poolkeeper.adapters._shared import RequestConnection
 from poolkeeper.telemetry import _metrics, prometheus
 from poolkeeper.telemetry.opentelemetry import instrument, uninstrument
+from tests.support.waiting import until
 
-from .conftest import MakeManager, report, until, work
+from .conftest import MakeManager, report, work
 
 HERE = "tests/telemetry/conftest.py"
 

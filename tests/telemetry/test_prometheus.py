@@ -21,8 +21,9 @@ from poolkeeper.telemetry import prometheus
 from poolkeeper.telemetry._metrics import METRICS
 from poolkeeper.telemetry.prometheus import instrument, uninstrument
 from tests.support.programs import run_program
+from tests.support.waiting import until
 
-from .conftest import MakeManager, report, until, work
+from .conftest import MakeManager, report, work
 
 ROOT = Path(__file__).parents[2]
 POOL = "db_client_connection_pool_name"
@@ -166,7 +167,8 @@ async def test_what_happens_once_in_a_while_is_counted(make_manager: MakeManager
         await asyncio.to_thread(lambda: asyncio.run(db.fetchval("select 1")))
     await db.pool.drain()
     await until(lambda: count("discarded", poolkeeper_reason="drained"))
-    assert count("turned_away") == count("suspected_leaks") == count("loop_mismatches") == 1
+    assert count("turned_away") == count("loop_mismatches") == 1
+    assert count("suspected_leaks") >= 1  # on a busy machine others hold theirs as long
 
     elsewhere = make_manager("host=127.0.0.1 port=1", min_size=1, name="orders")
     instrument(elsewhere, registry=registry)
