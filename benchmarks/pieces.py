@@ -21,6 +21,7 @@ from poolkeeper._acquiring import take
 from poolkeeper._block import CheckoutContext
 from poolkeeper._checkouts import Checkout
 from poolkeeper._embedded import EmbeddedServer
+from poolkeeper.events import Acquired, Closed, Released
 
 ROUNDS, CALLS = 11, 5_000
 
@@ -66,6 +67,11 @@ async def pieces(dsn: str) -> list[tuple[str, float]]:
     pool: Any = db.pool
     frame = sys._getframe()
     found = [("the whole block", await entered(db.connection))]
+    for kinds in ((Closed,), (Acquired, Released)):
+        unsubscribe = db.subscribe(lambda _: None, *kinds)
+        names = " and ".join(kind.__name__ for kind in kinds)
+        found.append((f"the same, with a subscriber of {names}", await entered(db.connection)))
+        unsubscribe()
     conn = take(pool._life, frame, 1, True)
     with nothing_inside(conn):
         alone = await entered(lambda: CheckoutContext(pool, None, sys._getframe()))

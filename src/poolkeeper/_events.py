@@ -23,8 +23,8 @@ from ._where import Behalf, Code, Handler, asker, function_of, is_library, progr
 from ._words import raised_by
 from .errors import ConfigError
 
-SLOW = 0.1
-"""Seconds from which a subscriber is said to be slow: as many as make a stall of the loop."""
+SLOW = 0.25
+"""Seconds from which a subscriber is said to be slow, and not the machine."""
 
 OF_FAILURES = frozenset({"acquire_timeout", "turned_away", "gave_up"})
 """The events of acquires that end in vain."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import pickle
+import re
 import sys
 import threading
 import time
@@ -710,7 +711,7 @@ async def test_a_log_that_fails_as_well_harms_nobody(
         raise ZeroDivisionError
 
     def fail(event: Event) -> None:
-        time.sleep(0.11)
+        time.sleep(0.26)
         raise ValueError
 
     db.subscribe(fail, Acquired)
@@ -785,6 +786,13 @@ def test_what_is_logged_and_told_is_told_with_the_same_names() -> None:
         assert of_event <= set(fields_of(name)), name
     named = {record.__name__ for record in RECORDS.values()} | {"Caller", "Event"}
     assert named == set(events.__all__)
+
+
+def test_the_page_has_each_event() -> None:
+    page = Path(__file__).parents[2] / "docs" / "semantics.md"
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| [^|]+ \|$", page.read_text(), re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {record.__name__ for record in RECORDS.values()} <= named
 
 
 def test_a_pool_that_nobody_listens_to_has_loaded_no_event(dsn: str) -> None:

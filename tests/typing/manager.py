@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, assert_type
 
@@ -11,7 +12,7 @@ from psycopg.rows import DictRow, TupleRow, class_row, dict_row, namedtuple_row,
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import BoundPool, Health, OpenError, PoolManager, PoolSnapshot
+from poolkeeper import BoundPool, Health, OpenError, PoolManager, PoolSnapshot, events
 
 
 @dataclass
@@ -312,3 +313,24 @@ async def hand_over(
     async with mine.pool.connection() as own:
         assert_type(own, MyConn)
     assert_type(db.pool.get_stats(), dict[str, int])
+
+
+# --- what happens to it ------------------------------------------------------------------------
+
+
+def of_any_event(event: events.Event) -> None: ...
+
+
+def of_a_time_out(event: events.TimedOut) -> str:
+    return event.cause
+
+
+def of_a_checkout(event: events.Acquired | events.Released) -> None:
+    assert_type(event.caller, events.Caller)
+
+
+def subscribe(db: PoolManager, pool: BoundPool) -> None:
+    assert_type(db.subscribe(of_any_event), Callable[[], None])
+    assert_type(db.subscribe(of_a_time_out, events.TimedOut), Callable[[], None])
+    db.subscribe(of_any_event, events.TimedOut, events.Closed)
+    pool.subscribe(of_a_time_out, events.TimedOut)

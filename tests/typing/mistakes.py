@@ -14,7 +14,7 @@ from psycopg.rows import DictRow, TupleRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 import poolkeeper
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, events
 
 
 class MyConn(AsyncConnection[DictRow]):
@@ -87,3 +87,12 @@ async def rows_that_a_row_factory_alone_does_not_type() -> None:
     row = await db.fetchone("select 1 as n")
     assert row is not None
     row["n"]  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType,reportCallIssue]
+
+
+def of_one_kind(event: events.TimedOut) -> None: ...
+
+
+def of_events(db: PoolManager) -> None:
+    db.subscribe(of_one_kind)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.subscribe(of_one_kind, events.Closed)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.subscribe("print")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
