@@ -61,6 +61,7 @@ class Pool(Protocol):
     num_workers: int
     _options: Options
     _life: Life | NoLife
+    _server: tuple[str, ...] | None
 
     async def reconnect_failed(self) -> None:
         """Tell the user that an outage lasts."""
@@ -146,6 +147,20 @@ class Life:
     watch: Watched
     front: Front
 
+    # What is known of it.
+    announced = True
+    """False if the constructor has opened it, and nobody has said a word since."""
+    came_open = 0.0
+    """When it came to be open; 0.0 as long as it is not."""
+    late = 0
+    """How many connections `close()` has taken from who held them."""
+    outage_told = False
+    slow_callbacks: SlowCallbacks | None = None
+    leak_timer: asyncio.TimerHandle | None = None
+    last_moment: Moment | None = None
+    question: Question | None = None
+    """The last one that `check()` of the manager has asked."""
+
     def __init__(self, pool: Pool, binding: LoopBinding, tasks: Tasks) -> None:
         options = pool._options
         self.pool = pool
@@ -155,8 +170,6 @@ class Life:
         self.state = State.OPENING
         self.ending = False
         """True from the beginning of `close()` on."""
-        self.announced = True
-        """False if the constructor has opened it, and nobody has said a word since."""
         self.stand_in: StandIn | None = None
         """Who serves acquires in its place; `let_serve()` changes it."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -168,10 +181,6 @@ class Life:
         self.leak_threshold = options.leak_threshold
         self.listeners = listeners_of(pool)
         self.began = monotonic()
-        self.came_open = 0.0
-        """When it came to be open; 0.0 as long as it is not."""
-        self.late = 0
-        """How many connections `close()` has taken from who held them."""
 
         # The connections: how many, and which of them are idle, the next to be taken first.
         self.keeps = options.keeps
@@ -199,17 +208,9 @@ class Life:
         self.held = self.ledger.held
         self.between = Between()
         self.cleaner = Cleaner(self.name, self.configure, self.reset == "discard", self.between.now)
-
-        # What is known of it.
         self.counters = Counters()
-        self.slow_callbacks: SlowCallbacks | None = None
-        self.leak_timer: asyncio.TimerHandle | None = None
-        self.last_moment: Moment | None = None
-        self.outage_told = False
         self.lanes: Any = None
         """What shares connections between one-shots, once there was one: see `_oneshots`."""
-        self.question: Question | None = None
-        """The last one that `check()` of the manager has asked."""
 
     def tell(self, name: str, *facts: Mapping[str, Any], **fields: Any) -> None:
         """Log an event, and tell those who have subscribed to it."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
@@ -26,7 +25,7 @@ from . import _door, _facts
 from ._config import bad, refuse_misplaced, require_flag, require_number
 from ._no_life import State
 from ._pool import BoundPool
-from ._where import Behalf, code_behind, coroutine_function, warn_user
+from ._where import Behalf, code_behind, coroutine_function
 from .errors import (
     ConfigError,
     DuplicatePoolWarning,
@@ -51,8 +50,6 @@ Isolation: TypeAlias = (
     IsolationLevel
     | Literal["read uncommitted", "read committed", "repeatable read", "serializable"]
 )
-
-_open_managers: weakref.WeakSet[PoolManager[Any]] = weakref.WeakSet()
 
 
 class _TellsOfMisplaced:
@@ -180,7 +177,6 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             leak_threshold=leak_threshold,
             expected_processes=expected_processes,
         )
-        self._server = self._pool._server
 
     # --- what can be read at any time ---------------------------------------------------
 
@@ -377,12 +373,10 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         seconds = self._open_timeout if timeout is None else timeout
         await self._pool.open(wait=wait, timeout=seconds, caller=caller)
         try:
-            self._warn_of_duplicate(caller)
+            _door.note_opened(self._pool, caller)
         except DuplicatePoolWarning:  # an error, where warnings are
             await self._pool.close(0)
             raise
-        with _door.beginning():
-            _open_managers.add(self)
 
     @briefly
     async def close(self, timeout: float | None = None) -> None:
@@ -432,28 +426,6 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             UnclosedManagerWarning,
             source=self,
         )
-
-    def _warn_of_duplicate(self, caller: str | None) -> None:
-        with _door.beginning():  # other threads open theirs
-            others = list(_open_managers)
-        if self._server is None or self in others:
-            return
-        here = self._pool.opened
-        for other in others:
-            if (
-                other._server == self._server
-                and other._pool.state in (State.OPENING, State.OPEN)
-                and other._pool.is_here()
-            ):
-                warn_user(
-                    f'pool "{self.name}" is the second one open for the same server, database'
-                    f' and user on this loop; pool "{other.name}" was opened'
-                    f" {other._pool.opened}, this one {here}. A pool made per request or per"
-                    " call costs more than no pool: make one and share it",
-                    DuplicatePoolWarning,
-                    caller,
-                )
-                return
 
     # --- work -----------------------------------------------------------------------------
 

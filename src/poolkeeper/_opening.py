@@ -34,8 +34,8 @@ from ._stock import help_growth, let_go, shrink
 from ._storm import Storm
 from ._tasks import Tasks
 from ._watching import Watch, watch_for_leaks
-from ._where import Place
-from .errors import ConnectionBudgetWarning, LoopMismatchError, another
+from ._where import Place, warn_user
+from .errors import ConnectionBudgetWarning, DuplicatePoolWarning, LoopMismatchError, another
 
 
 async def open_pool(pool: Pool, wait: bool, timeout: float, caller: str | None) -> None:
@@ -149,6 +149,30 @@ def _put_together(pool: Pool, binding: LoopBinding) -> Life:
 def _stood_still(life: Life, seconds: float) -> None:
     by = life.slow_callbacks.last if life.slow_callbacks else ""
     life.listeners.tell("stalled", seconds=seconds, stalled_by=by)
+
+
+def note_opened(pool: Pool, caller: str | None) -> None:
+    """Note that a manager's pool was opened; warn if another is, for the same server and loop."""
+    server = pool._server
+    with beginning():  # other threads open theirs
+        others = [] if server is None or pool in _opened else list(_opened)
+    for other in others:
+        life = other._life
+        if other._server == server and not life.ending and life.binding.is_here():
+            warn_user(
+                f'pool "{pool.name}" is the second one open for the same server, database'
+                f' and user on this loop; pool "{other.name}" was opened'
+                f" {life.opened}, this one {pool._life.opened}. A pool made per request or per"
+                " call costs more than no pool: make one and share it",
+                DuplicatePoolWarning,
+                caller,
+            )
+            break
+    with beginning():
+        _opened.add(pool)
+
+
+_opened: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 # --- waiting for it ------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ._closing import close as close
 from ._events import listeners_of as listeners_of
 from ._life import Life as Life
 from ._oneshots import by_lane as by_lane
+from ._opening import note_opened as note_opened
 from ._opening import open_in_constructor as open_in_constructor
 from ._opening import open_pool as open_pool
 from ._opening import until_ready as until_ready
