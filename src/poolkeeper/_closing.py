@@ -141,24 +141,24 @@ async def _stop_queries(life: Life) -> None:
     last it is not let.
     """
     begin = monotonic()
-    asking: dict[Session, Asking] = {}
+    asking: dict[Session, asyncio.Task[None]] = {}
     may_go_on = True
     while (active := _active(life)) and (elapsed := monotonic() - begin) < CANCEL_GRACE:
         for session in active:
-            if session not in asking or asking[session].task.done():
+            if session not in asking or asking[session].done():
                 last = remains(session.handle)
-                asking[session] = Asking(last, partial(_is_active, session), Patience())
+                requests = Asking(last, partial(_is_active, session), Patience())
+                asking[session] = asyncio.create_task(requests.ask())
         if may_go_on and elapsed > 0.75 * CANCEL_GRACE:
             may_go_on = False
             for session in life.sessions:
                 _ignoring_errors(life, revoke_session, life, session)
         # libpq has no event for it: the task of the query reads the answer.
         await asyncio.sleep(GLANCE)
-    tasks = [one.task for one in asking.values()]
-    for task in tasks:
+    for task in asking.values():
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    if asking:
+        await asyncio.wait(asking.values())
 
 
 def _active(life: Life) -> list[Session]:

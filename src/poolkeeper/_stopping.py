@@ -95,7 +95,6 @@ class Asking:
     Attributes:
         on_its_way: True while a request is, which could stop the next query.
         taken: True once the server has taken one.
-        task: Of its own.
     """
 
     def __init__(self, conn: Any, goes_on: Callable[[], bool], patience: Patience) -> None:
@@ -103,9 +102,9 @@ class Asking:
         self._goes_on = goes_on
         self._patience = patience
         self.on_its_way = self.taken = False
-        self.task = asyncio.ensure_future(self._ask())
 
-    async def _ask(self) -> None:
+    async def ask(self) -> None:
+        """Ask, in a task; which is nothing that this knows, or both would keep the connection."""
         pause = 0.01
         while self._goes_on():
             began = monotonic()
@@ -145,14 +144,15 @@ class Stop:
     async def run(self) -> None:
         """Stop it, or close the connection."""
         asking = Asking(self._conn, lambda: not self._over, self._patience)
+        task = asyncio.ensure_future(asking.ask())
         ended = False
         try:
             ended = await self._read()
         finally:
             self._over = True
-            if asking.on_its_way and not await self._patience.lasts_for(asking.task):
+            if asking.on_its_way and not await self._patience.lasts_for(task):
                 ended = False
-            asking.task.cancel()
+            task.cancel()
             if not ended:
                 log(
                     "query_not_stopped",
