@@ -29,8 +29,9 @@ python_maximum_signature_line_length = 80
 autodoc_typehints = "signature"
 # The adapters import their frameworks, of which the site needs none.
 autodoc_mock_imports = [
-    "aiohttp", "blacksheep", "falcon", "fastapi", "guardpost", "litestar", "quart", "sanic",
-    "sqlalchemy", "starlette",
+    "aiohttp", "blacksheep", "celery", "dramatiq", "falcon", "fastapi", "faststream", "guardpost",
+    "litestar", "opentelemetry", "prometheus_client", "quart", "sanic", "sqlalchemy", "starlette",
+    "taskiq",
 ]  # fmt: skip
 
 html_theme = "furo"
@@ -64,7 +65,8 @@ def _of_the_site(_app: Any, page: str, source: list[str]) -> None:
     if page == "index":  # its lists are what the sidebar shows
         first, *more = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
         for caption, part in zip(["", *more[::2]], [first, *more[1::2]], strict=True):
-            pages = re.findall(r"^- .*?\]\(([\w/]+)\.md\)", part, re.MULTILINE)
+            lines = "".join(re.findall(r"^- .+", part, re.MULTILINE))
+            pages = dict.fromkeys(re.findall(r"\]\(([\w/-]+)\.md\)", lines))
             listed = "\n".join((f":caption: {caption}" if caption else "", "", *pages))
             text += f"\n```{{toctree}}\n:hidden:\n{listed}\n```\n"
     source[0] = text

@@ -32,7 +32,7 @@ except ModuleNotFoundError as ex:
 
 __all__ = ["instrument", "uninstrument"]
 
-AnyMetric: TypeAlias = Counter | Gauge | Histogram
+AnyMetric: TypeAlias = "Counter | Gauge | Histogram"
 
 EVERY = 0.25
 """Seconds between two looks at the numbers of a pool at which something happens."""
