@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import psycopg
 import pytest
 
 from poolkeeper import BoundPool, ConnectionBudgetWarning, PoolManager, ServerFacts
-from poolkeeper._embedded import EmbeddedServer, free_port
+from poolkeeper._embedded import EmbeddedServer
 from tests.support.server import PASSWORD, admin
 from tests.support.waiting import eventually
 
@@ -215,46 +215,78 @@ async def app(scope, receive, send):
         await send({"type": message["type"] + ".complete"})
 """
 
+TASKS = """
+import asyncio
+import os
+
+from celery import Celery
+from celery.signals import worker_process_init
+
+from poolkeeper import PoolManager
+
+app = Celery("tasks", broker="memory://")
+
+
+async def ask():
+    async with PoolManager(os.environ["DATABASE_URL"], min_size=1, max_size=5) as db:
+        await db.fetchval("select 1")
+
+
+@worker_process_init.connect
+def begin(**_):
+    asyncio.run(ask())
+"""
+
 SERVERS = {
-    "uvicorn": ("-m", "uvicorn", "app:app", "--workers", "2", "--port"),
-    "hypercorn": ("-m", "hypercorn", "app:app", "--workers", "2", "--bind"),
+    "uvicorn": ("-m", "uvicorn", "app:app", "--workers", "2", "--port", "0"),
+    "hypercorn": ("-m", "hypercorn", "app:app", "--workers", "2", "-b", "127.0.0.1:0"),
     "gunicorn": (
-        "-m",
-        "gunicorn",
-        "app:app",
-        "-w",
-        "2",
-        "-k",
-        "uvicorn_worker.UvicornWorker",
-        "-b",
+        *("-m", "gunicorn", "app:app", "-w", "2", "-k", "uvicorn_worker.UvicornWorker"),
+        *("-b", "127.0.0.1:0"),
     ),
 }
 
 
-def test_what_has_started_the_workers_says_how_many_there_are(small: str, tmp_path: Path) -> None:
-    """Each of the two warns, and shows under a name of its own."""
-    (tmp_path / "app.py").write_text(APP)
-    started: dict[str, subprocess.Popen[bytes]] = {}
+@contextmanager
+def started(
+    directory: Path, dsn: str, commands: dict[str, tuple[str, ...]]
+) -> Iterator[Callable[[str], str]]:
+    """Run Python with each of *commands*; give a function that returns what one has printed."""
+    running: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONWARNINGS": "always"}
     try:
-        for server, command in SERVERS.items():
-            where = f"127.0.0.1:{free_port()}" if command[-1].startswith(("--b", "-b")) else ""
-            with (tmp_path / f"{server}.log").open("wb") as log:
-                started[server] = subprocess.Popen(
-                    [sys.executable, *command, where or str(free_port())],
-                    cwd=tmp_path,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    env={**os.environ, "DATABASE_URL": small, "PYTHONWARNINGS": "always"},
+        for name, command in commands.items():
+            with (directory / f"{name}.log").open("wb") as log:
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, *command],
+                        cwd=directory,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                        env=environment,
+                    )
                 )
+        yield lambda name: (directory / f"{name}.log").read_text(errors="replace")
+    finally:
+        for process in running:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-        def output(server: str) -> str:
-            return (tmp_path / f"{server}.log").read_text(errors="replace")
 
+def test_what_has_started_the_workers_says_how_many_there_are(small: str, tmp_path: Path) -> None:
+    """Each of the two warns."""
+    (tmp_path / "app.py").write_text(APP)
+    with started(tmp_path, small, SERVERS) as output:
         for server in SERVERS:
             said = f"max_size=5 in each of 2 processes ({server}, workers) makes 10."
             assert eventually(lambda: output(server).count(said) == 2, 40), output(server)  # noqa: B023
-    finally:
-        for process in started.values():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+
+
+def test_celery_says_how_many_there_are(small: str, tmp_path: Path) -> None:
+    pytest.importorskip("celery")
+    (tmp_path / "tasks.py").write_text(TASKS)
+    command = ("-m", "celery", "-A", "tasks", "worker", "-c", "2", "-l", "WARNING")
+    with started(tmp_path, small, {"celery": command}) as output:
+        said = "max_size=5 in each of 2 processes (Celery, concurrency) makes 10."
+        assert eventually(lambda: output("celery").count(said) == 2, 40), output("celery")
