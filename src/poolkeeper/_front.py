@@ -41,10 +41,8 @@ _PID = b"SELECT pg_backend_pid()"
 _LIMITS = b"""
 SELECT pg_backend_pid(), current_setting('max_connections'),
     CASE WHEN rolsuper THEN 0 ELSE current_setting('superuser_reserved_connections')::int +
-        CASE WHEN EXISTS (
-            SELECT FROM pg_roles WHERE rolname = 'pg_use_reserved_connections'
-                AND pg_has_role(session_user, oid, 'USAGE')
-        ) THEN 0 ELSE coalesce(nullif(current_setting('reserved_connections', true), '')::int, 0)
+        CASE WHEN pg_has_role(session_user, to_regrole('pg_use_reserved_connections'), 'USAGE')
+        THEN 0 ELSE coalesce(nullif(current_setting('reserved_connections', true), '')::int, 0)
         END
     END,
     CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END,
