@@ -45,10 +45,10 @@ class EmbeddedServer:
         self, settings: dict[str, Any] | None = None, hba: Iterable[str] | None = None
     ) -> None:
         self._programs = _programs()
-        self.port = free_port()
-        self.running = False
+        self.port: int = free_port()
+        self.running: bool = False
         self._user: str | None = None
-        self.directory = Path(tempfile.mkdtemp(prefix="poolkeeper-"))
+        self.directory: Path = Path(tempfile.mkdtemp(prefix="poolkeeper-"))
         try:
             self._data = self.directory / "data"
             if hasattr(os, "geteuid") and os.geteuid() == 0:

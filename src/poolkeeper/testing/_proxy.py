@@ -41,16 +41,16 @@ class FaultProxy:
     def __init__(self, dsn: str) -> None:
         self._target = dsn
         self.lead_to(dsn)
-        self.refuse = False
-        self.silent = False
-        self.tear = False
-        self.accepted = 0
+        self.refuse: bool = False
+        self.silent: bool = False
+        self.tear: bool = False
+        self.accepted: int = 0
         self._latency = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._flow: asyncio.Event | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
-        self.port = 0
+        self.port: int = 0
 
     def lead_to(self, dsn: str) -> None:
         """Let new connections go to the server at *dsn*; those that there are stay."""

@@ -112,7 +112,7 @@ class Boxes(StandIn):
                 " sandbox(manager, shared=True) serves whoever asks, for one test at a time."
                 f" {see('ownership')}",
             )
-        return mine[-1].turns
+        return mine[-1]._turns
 
 
 class Sandbox:
@@ -122,12 +122,12 @@ class Sandbox:
     .. versionadded:: 0.1.0
     """
 
-    turns: Turns
+    _turns: Turns
 
     def __init__(
         self, manager: PoolManager[Any] | BoundPool[Any], shared: bool, timeout: float | None
     ) -> None:
-        self.shared = shared
+        self.shared: bool = shared
         self._manager = manager
         self._pool: BoundPool[Any] = manager.pool if isinstance(manager, PoolManager) else manager
         self._timeout = timeout
@@ -178,8 +178,8 @@ class Sandbox:
             await self._base.conn.set_autocommit(True)
             await self._base.conn.execute("BEGIN")
             timeout = self._pool.timeout if self._timeout is None else self._timeout
-            self.turns = Turns(self._base, self._pool.name, timeout)
-            self._base.let_talk(self.turns.exchange)
+            self._turns = Turns(self._base, self._pool.name, timeout)
+            self._base.let_talk(self._turns.exchange)
             self._boxes.add(self)
         except BaseException:
             await self._base.put_back()
@@ -196,7 +196,7 @@ class Sandbox:
         self._ended = True
         _owners.set(tuple(box for box in _owners.get() if box is not self))
         try:
-            left = await self.turns.end()
+            left = await self._turns.end()
         finally:
             self._boxes.remove(self)
             try:

@@ -101,7 +101,7 @@ class Template:
     def __init__(self, dsn: str, schema: Schema = None) -> None:
         self._dsn = dsn
         self._schema = schema
-        self.name = f"poolkeeper_template_{os.getpid()}_{next(_numbers)}"
+        self.name: str = f"poolkeeper_template_{os.getpid()}_{next(_numbers)}"
         self._admin: psycopg.Connection[Any]
         self._strategy: LiteralString = ""
 
