@@ -24,10 +24,10 @@ try:
     from opentelemetry import metrics, trace
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
     from opentelemetry.trace import SpanKind, Status, StatusCode, TracerProvider
-except ModuleNotFoundError as ex:
-    if ex.name not in ("opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"):
+except ModuleNotFoundError as _ex:
+    if _ex.name not in ("opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"):
         raise
-    raise _metrics.missing("opentelemetry-api", "opentelemetry") from ex
+    raise _metrics.missing("opentelemetry-api", "opentelemetry") from _ex
 
 __all__ = ["instrument", "uninstrument"]
 

@@ -25,10 +25,10 @@ from ._metrics import AnyPool, Attributes, Metric, Record, Recorder
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-except ModuleNotFoundError as ex:
-    if ex.name != "prometheus_client":
+except ModuleNotFoundError as _ex:
+    if _ex.name != "prometheus_client":
         raise
-    raise _metrics.missing("prometheus-client", "prometheus") from ex
+    raise _metrics.missing("prometheus-client", "prometheus") from _ex
 
 __all__ = ["instrument", "uninstrument"]
 
