@@ -112,6 +112,29 @@ async def test_nothing_is_left_to_be_done_when_the_pool_is_closed(
     await until(lambda: registry.get_sample_value("db_client_connection_count", of) == 1)
 
 
+def test_a_pool_whose_loop_is_gone_goes_on_in_its_next_life(dsn: str) -> None:
+    registry = CollectorRegistry()
+    db = PoolManager(dsn, min_size=1, name="orders")
+    instrument(db, registry=registry)
+
+    def count(state: str) -> float | None:
+        of = {POOL: "orders", STATE: state}
+        return registry.get_sample_value("db_client_connection_count", of)
+
+    async def leave_open() -> None:
+        await db.open()
+        await report(db)
+
+    async def reopen() -> None:
+        async with db, db.connection():
+            await until(lambda: count("used") == 1)
+
+    with asyncio.Runner() as runner:
+        runner.run(leave_open())
+    asyncio.run(reopen())
+    assert count("used") == count("idle") == 0
+
+
 def timers() -> list[Any]:
     scheduled: list[Any] = getattr(asyncio.get_running_loop(), "_scheduled", [])
     return [timer for timer in scheduled if not timer.cancelled()]

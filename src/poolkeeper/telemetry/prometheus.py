@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from typing import Any, TypeAlias
@@ -177,9 +178,10 @@ class _Gauges:
             self._again = True
             return
         self._look()
-        if not isinstance(event, Closed):
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(EVERY, self._is_due, context=Context())
+        with suppress(RuntimeError):  # no loop runs here: a pool is let go of, and `Closed` comes
+            if not isinstance(event, Closed):
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(EVERY, self._is_due, context=Context())
 
     def _is_due(self) -> None:
         self._timer = None
