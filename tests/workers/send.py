@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+import psycopg
 
 Send = Callable[[int, int, int], Awaitable[object]]
 
@@ -47,6 +50,16 @@ async def faststream(app: Any) -> Send:
     return lambda source, target, amount: app.broker.publish(
         app.Transfer(source=source, target=target, amount=amount), list="transfers"
     )
+
+
+async def apscheduler(app: Any) -> Send:
+    dsn = os.environ["DATABASE_URL"]
+    conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+    made = "select from pg_class where relname = 'orders'"
+    while not (await conn.execute(made)).rowcount:
+        await asyncio.sleep(0.05)
+    insert = "insert into orders (source, target, amount) values (%s, %s, %s)"
+    return lambda *order: conn.execute(insert, order)
 
 
 async def main(tool: str) -> None:

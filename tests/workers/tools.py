@@ -16,6 +16,8 @@ class Tool:
     """What Python is called with to run a worker."""
 
     way: str = ""
+    adapter: bool = True
+    """Whether there is one, and an extra of its name."""
 
     @property
     def name(self) -> str:
@@ -37,8 +39,9 @@ TOOLS = (
     Tool("dramatiq", ("-m", "dramatiq", "examples.dramatiq.app", "-p1", "-t2")),
     Tool("arq", ("-m", "arq", "examples.arq.app.WorkerSettings")),
     Tool("saq", ("-m", "saq", "examples.saq.app.settings")),
+    Tool("apscheduler", ("-m", "examples.apscheduler.app"), adapter=False),
     Tool("faststream", ("-m", "faststream", "run", "examples.faststream.app:app")),
 )
 
-WORKERS = tuple(dict.fromkeys(tool.example for tool in TOOLS))
+WORKERS = tuple(dict.fromkeys(tool.example for tool in TOOLS if tool.adapter))
 """Every tool with a module in ``poolkeeper.adapters``."""
