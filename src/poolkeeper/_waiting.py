@@ -80,7 +80,9 @@ class WaitingConnection(AsyncConnection[Any]):
             try:
                 state = next(gen)
             except StopIteration as done:
-                if not wire.busy_since or began - wire.busy_since > BUSY:
+                if not wire.busy_since:
+                    wire.busy_since = began
+                elif began - wire.busy_since > BUSY:
                     await wire.let_others_run()
                 return done.value  # type: ignore[no-any-return]
             until = None if timeout is None else began + timeout
@@ -88,7 +90,9 @@ class WaitingConnection(AsyncConnection[Any]):
             while True:
                 if state & WRITE and (ready := wire.ready_now(state)):
                     # A socket nearly always is: each step of a pipeline comes here.
-                    if not wire.busy_since or monotonic() - wire.busy_since > BUSY:
+                    if not wire.busy_since:
+                        wire.busy_since = began
+                    elif monotonic() - wire.busy_since > BUSY:
                         await wire.let_others_run()
                 elif fresh and state == READ:
                     # As wire.ready() does, without its look at the socket: each query comes here
