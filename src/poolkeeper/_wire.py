@@ -56,8 +56,8 @@ class Wire:
     The socket of one session, as the event loop sees it.
 
     It is watched from the first exchange on. What comes while nobody waits is nobody's to read
-    (a notification, a stream's next rows, the end of the session): the wire is let go then, or
-    the loop would call again and again, and is watched anew by the next exchange.
+    (a notification, a stream's next rows, the end of the session): the wire is watched no more
+    then, or the loop would call again and again, and anew by the next exchange.
 
     What is watched is a duplicate of libpq's descriptor. libpq closes its own where it likes, in
     the middle of a read, and the number may be another socket's at once, of which the loop would
@@ -260,7 +260,7 @@ def _on_readable(reference: weakref.ref[Wire]) -> None:
         return  # it is being let go
     waiter = wire.waiter
     if waiter is None:
-        wire.let_go()
+        wire.unwatch()  # the descriptor stays: in a pipeline, the next step may watch it again
     elif not waiter.done():
         waiter.set_result(READABLE)
 
