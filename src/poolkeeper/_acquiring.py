@@ -276,7 +276,7 @@ async def _wait_in_line(
     else:
         line.append(waiter)
     life.counters.queued += 1
-    if not life.listeners.quiet and life.listeners.want("queued") and not joined:
+    if life.listeners.want_queued and not joined:
         _tell_queued(life, waiter)
     if not comes_back and (life.made < life.max_size or life.connector.wanted):
         help_growth(life)

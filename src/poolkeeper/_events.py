@@ -44,13 +44,14 @@ class Listeners:
     Attributes:
         quiet: True if nobody wants to know more of a checkout than that it is there.
         of_checkouts: True if somebody wants the events of checkouts.
+        want_queued: True if somebody wants to know who waits in line.
         want_failures: True if somebody wants those of acquires that end in vain.
     """
 
     def __init__(self, pool: str, keeps_stacks: bool = False) -> None:
         self.pool = pool
         self.quiet = not keeps_stacks
-        self.of_checkouts = self.want_failures = False
+        self.of_checkouts = self.want_queued = self.want_failures = False
         self.records: Any = None
         """The module `events`, once somebody has subscribed."""
         self._keeps_stacks = keeps_stacks
@@ -85,6 +86,7 @@ class Listeners:
                 name: tuple(one for one in everybody if name in one.names) for name in names
             }
             self.of_checkouts = bool(names & OF_CHECKOUTS)
+            self.want_queued = "queued" in names
             self.want_failures = bool(names & OF_FAILURES)
             self.quiet = not self._keeps_stacks and not self.of_checkouts
             if everybody == tuple(self._all):
