@@ -26,8 +26,15 @@ FOREIGN = {
 
 
 def python(*arguments: str) -> str:
+    # In asyncio's debug mode a task is told of that takes long, as to load the rooms does on a
+    # machine that is busy.
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONASYNCIODEBUG": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
