@@ -35,6 +35,10 @@ autodoc_mock_imports = [
 ]  # fmt: skip
 
 html_theme = "furo"
+# Pygments' own: for the theme's choice it loads the styles of all packages that are installed, and
+# among those of the suite there is one that cannot be loaded.
+pygments_style = "default"
+pygments_dark_style = "github-dark"
 html_title = "poolkeeper"
 html_baseurl = f"{DOCS}/"
 html_static_path = ["_static"]
