@@ -18,6 +18,7 @@ import asyncio
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -152,6 +153,7 @@ class Front:
         if not self._questions:
             return True
         self._questions -= 1
+        await self._until_configured(conn)
         patience = _Patience(conn, self.PATIENCE)
         try:
             if not self._known:
@@ -171,6 +173,15 @@ class Front:
         finally:
             patience.end()
         return True
+
+    async def _until_configured(self, conn: BoundConnection) -> None:
+        """Wait, not for long, for those asked before: what they run occupies another session."""
+        until = monotonic() + self.PATIENCE
+        while monotonic() < until and any(  # noqa: ASYNC110 - a session has no event for it
+            not (session.in_pool or session is conn._session or session.pgconn.status == BAD)
+            for session in self._pids
+        ):
+            await asyncio.sleep(0.005)
 
     async def _look(self, conn: BoundConnection) -> None:
         """Ask for all that can be known from one connection."""

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, _cleaning
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
 from tests.support.pooler import (
@@ -314,6 +314,35 @@ if PGBOUNCER is not None:
             await asyncio.gather(*(db.fetchval("select pg_sleep(0.01)") for _ in range(4)))
             zones = await asyncio.gather(*(db.fetchval("show time zone") for _ in range(4)))
             assert set(zones) == {"Europe/Berlin"}
+
+    @pytest.mark.parametrize("mode", ["session", "transaction"])
+    async def test_what_no_pooler_keeps_is_set_again_only_in_a_session_of_the_clients_own(
+        modes: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Elsewhere it might be set for anybody; to reset it does no harm there."""
+        sent: list[bytes] = []
+
+        async def run(conn: Any, statements: list[bytes]) -> list[Any]:
+            sent.extend(statements)
+            return await run_it(conn, statements)
+
+        async def configure(conn: Any) -> None:
+            await conn.execute("set default_transaction_read_only = on")
+
+        run_it = _cleaning.run
+        async with PoolManager(
+            modes[mode], min_size=2, max_size=2, configure=configure, **AUTOCOMMIT
+        ) as db:
+            monkeypatch.setattr(_cleaning, "run", run)
+            await db.execute("set default_transaction_read_only = off")
+            async with db.connection(), db.connection():
+                pass
+            again = any(b"set_config('default_transaction_read_only'" in one for one in sent)
+            assert again is (mode == "session")
+            # The next test gets these sessions.
+            await asyncio.gather(
+                *(db.execute("reset default_transaction_read_only") for _ in range(4))
+            )
 
     @pytest.mark.parametrize("mode", ["session", "transaction"])
     async def test_discard_all_is_run_where_a_session_is_the_clients_own(
