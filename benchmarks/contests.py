@@ -146,7 +146,7 @@ POOLS = Stage(
         ),
         "acquire-64": Contest(
             f"acquire + release, {_CROWD}",
-            (Target(f"acquire + release, {_CROWD}, wall", "wall", BARE, (0.40, 0.40)),),
+            (Target(f"acquire + release, {_CROWD}, wall", "wall", BARE, (0.36, 0.40)),),
         ),
     },
 )

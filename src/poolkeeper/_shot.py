@@ -170,11 +170,12 @@ async def _rowcount(cursor: AsyncCursor[Any]) -> int:
 
 
 async def _first_row(cursor: AsyncCursor[Any]) -> Any:
-    return await cursor.fetchone() if cursor.description else None
+    # As cursor.description would tell, which describes each column for it.
+    return await cursor.fetchone() if cursor.rownumber is not None else None
 
 
 async def _all_rows(cursor: AsyncCursor[Any]) -> list[Any]:
-    return await cursor.fetchall() if cursor.description else []
+    return await cursor.fetchall() if cursor.rownumber is not None else []
 
 
 ROWCOUNT = Fetch(_rowcount, rowcount)
