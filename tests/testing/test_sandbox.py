@@ -370,17 +370,20 @@ async def test_a_connection_that_comes_back_in_a_pipeline_is_good_for_the_next(
             await pipeline.__aexit__(None, None, None)
 
 
-async def test_what_cannot_be_committed_is_undone_when_it_is_given_back(db: PoolManager) -> None:
-    async with sandbox(db):
-        with pytest.raises(psycopg.errors.ForeignKeyViolation):
-            async with db.connection() as conn:
-                await conn.set_autocommit(True)
-                await conn.execute("insert into things values (1, 2)")
-        conn = await db.pool.getconn()
+async def test_in_autocommit_a_statement_tells_of_its_deferred_constraint(
+    db: PoolManager,
+) -> None:
+    async with sandbox(db), db.connection() as conn:
         await conn.set_autocommit(True)
-        await conn.execute("insert into things values (1, 2)")
-        await db.pool.putconn(conn)
-        assert await numbers(db) == []
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            await conn.execute("insert into things values (1, 2)")
+        async with conn.transaction():
+            await conn.execute("insert into things values (1, 2)")
+            await conn.execute("insert into things values (2)")
+        async with conn.pipeline():
+            await conn.execute("insert into things values (3, 4)")
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            await conn.execute("select 1")
 
 
 # --- what cannot be ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 IDLE = pq.TransactionStatus.IDLE
 ACTIVE = pq.TransactionStatus.ACTIVE
+INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 
 
@@ -131,8 +132,9 @@ class Sandboxed(AsyncConnection[Any]):
     @property
     def in_transaction(self) -> bool:
         """True if the borrower has begun a transaction, or a statement of his has."""
+        hold = self._hold
         return bool(self._num_transactions) or (
-            self._hold.savepoint is not None and not self._autocommit
+            hold.savepoint is not None and (hold.in_block or not self._autocommit)
         )
 
     # --- what psycopg does by generators ------------------------------------------------------
@@ -215,19 +217,23 @@ class Sandboxed(AsyncConnection[Any]):
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncGenerator[AsyncTransaction]:
         """Start a block, which is a savepoint in any case."""
-        outermost = not self.in_transaction
+        hold, outermost = self._hold, not self.in_transaction
         if outermost:
+            hold.in_block = True
             async with self.lock:
                 await self.wait(self._start_query())
         try:
             async with super().transaction(savepoint_name, force_rollback) as block:
                 yield block
-        except BaseException:
-            if outermost and not self.closed:
-                await self.rollback()
-            raise
-        if outermost:
-            await self.commit()
+                if outermost and self.pgconn.transaction_status == INERROR:
+                    raise psycopg.Rollback(block)  # a COMMIT would be one, and say nothing
+        finally:
+            # A block within may be open still, by its own fault: psycopg has said so then.
+            if outermost and not self._num_transactions:
+                hold.in_block = False
+                if not self.closed:
+                    # What is to be undone was, within: this is the end of an empty one then.
+                    await self.commit()
 
     @override
     async def tpc_begin(self, xid: Any) -> None:
@@ -262,11 +268,17 @@ class Sandboxed(AsyncConnection[Any]):
         """Talk to the server; say what cannot work, and notice if the sandbox has been left."""
         try:
             result = await super().wait(gen, *args, **kwargs)
+            if _is_one_statement(self):
+                await super().wait(self._hold.commit(self))
         except psycopg.errors.ActiveSqlTransaction as ex:
             raise self._impossible(
                 "a command that the server runs outside of a transaction only",
                 f"The server says: {ex.diag.message_primary}.",
             ) from ex
+        except psycopg.Error:
+            if _is_one_statement(self):
+                await super().wait(self._hold.commit(self))
+            raise
         if self.pgconn.transaction_status == IDLE:
             raise self._hold.turns.was_left(self._hold)
         return result
@@ -277,3 +289,15 @@ class Sandboxed(AsyncConnection[Any]):
     def __del__(self, *_: Any) -> None:
         if "_hold" in vars(self):
             self._hold.dropped()
+
+
+def _is_one_statement(conn: Sandboxed) -> bool:
+    """Tell whether what is open on *conn* is a statement by itself, which has ended."""
+    return (
+        isinstance(conn, Sandboxed)  # it may have been given back meanwhile
+        and conn._hold.savepoint is not None
+        and conn._autocommit
+        and not conn.in_transaction
+        and conn._pipeline is None
+        and conn.pgconn.transaction_status in (INTRANS, INERROR)
+    )

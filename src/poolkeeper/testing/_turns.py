@@ -47,6 +47,7 @@ class Hold:
         savepoint: Name of that which the borrower's transaction is, if one is open.
         closed: True once the borrower has closed the connection.
         ends: True once it was given back, or dropped.
+        in_block: True in a block of psycopg's, which in autocommit is a transaction as well.
     """
 
     def __init__(self, turns: Turns, checkout: Checkout) -> None:
@@ -57,6 +58,7 @@ class Hold:
         self.savepoint: bytes | None = None
         self.closed = False
         self.ends = False
+        self.in_block = False
         self.conn: weakref.ref[Any]
 
     def begin(self, conn: Sandboxed) -> PQGen[None]:

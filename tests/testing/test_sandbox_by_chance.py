@@ -1,0 +1,95 @@
+"""What a program does and sees in a sandbox is what it does and sees on a database of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from poolkeeper import PoolManager
+from poolkeeper.testing import outside, sandbox
+
+Op = tuple[Any, ...]
+
+
+def some_ops(chance: random.Random, depth: int = 0) -> list[Op]:
+    ops: list[Op] = []
+    for _ in range(chance.randint(1, 5)):
+        kind = chance.choice(["insert", "insert", "commit", "rollback", "switch", "block", "block"])
+        if kind == "insert":
+            ops.append(("insert", chance.randint(1, 5), chance.choice([None, None, 1, 9])))
+        elif kind == "block" and depth < 3:
+            how = chance.choice(["well", "well", "force_rollback", "raise", "Rollback"])
+            ops.append(("block", how, some_ops(chance, depth + 1)))
+        elif kind != "block":
+            ops.append((kind,))
+    return ops
+
+
+async def do(conn: Any, ops: list[Op], seen: list[Any]) -> None:
+    for kind, *rest in ops:
+        try:
+            if kind == "insert":
+                await conn.execute("insert into things values (%s, %s)", rest)
+            elif kind == "commit":
+                await conn.commit()
+            elif kind == "rollback":
+                await conn.rollback()
+            elif kind == "switch":
+                await conn.set_autocommit(not conn.autocommit)
+            else:
+                await block(conn, *rest, seen)
+        except (psycopg.Error, ZeroDivisionError) as ex:
+            seen.append(type(ex).__name__)
+        seen.append((kind, conn.info.transaction_status.name))
+
+
+async def block(conn: Any, how: str, ops: list[Op], seen: list[Any]) -> None:
+    async with conn.transaction(force_rollback=how == "force_rollback"):
+        await do(conn, ops, seen)
+        if how == "raise":
+            raise ZeroDivisionError
+        if how == "Rollback":
+            raise psycopg.Rollback
+
+
+async def run(db: PoolManager, seed: int) -> list[Any]:
+    """Run a program that *seed* chooses; return what it has seen."""
+    chance = random.Random(seed)
+    seen: list[Any] = []
+    for _ in range(4):
+        ops, fails = some_ops(chance), chance.random() < 0.3
+        try:
+            async with db.connection() as conn:
+                await do(conn, ops, seen)
+                if fails:
+                    raise ZeroDivisionError
+        except (psycopg.Error, ZeroDivisionError) as ex:
+            seen.append(type(ex).__name__)
+        try:
+            await db.execute("insert into things values (%s, %s)", (chance.randint(1, 5), None))
+        except psycopg.Error as ex:
+            seen.append(type(ex).__name__)
+        seen.append(await db.fetchall("select n, like_n from things order by n"))
+    return seen
+
+
+async def test_a_program_sees_in_a_sandbox_what_it_sees_without(
+    database: str, make_manager: Callable[..., PoolManager], caplog: pytest.LogCaptureFixture
+) -> None:
+    db = make_manager(database, min_size=1, max_size=2)
+    async with db:
+        await db.execute(
+            "create table things (n int primary key,"
+            " like_n int references things deferrable initially deferred)"
+        )
+        for seed in random.sample(range(1_000_000), 25):
+            real = await run(db, seed)
+            await db.execute("delete from things")
+            async with sandbox(db):
+                assert await run(db, seed) == real, f"seed {seed}"
+                with outside():
+                    assert await db.fetchval("select count(*) from things") == 0
