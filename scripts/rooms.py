@@ -8,6 +8,7 @@ others, for one enters a room through them anyway, is left out.
 from __future__ import annotations
 
 import ast
+from math import fsum
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,8 @@ def rows(graph: dict[str, set[str]]) -> list[list[str]]:
     for level in range(max(map(deep, graph)) + 1):
         line = sorted(name for name in graph if depth[name] == level)
         if level:
-            line.sort(key=lambda name: sum(map(place.__getitem__, graph[name])) / len(graph[name]))
+            # Exactly, in whatever order a set has them: two may stand at the same place.
+            line.sort(key=lambda name: fsum(map(place.__getitem__, graph[name])) / len(graph[name]))
         place |= {name: (number + 0.5) / len(line) for number, name in enumerate(line)}
         lines.append(line)
     return lines
