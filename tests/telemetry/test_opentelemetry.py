@@ -288,6 +288,8 @@ async def test_beside_psycopgs_instrumentation_each_thing_is_told_once(
 ) -> None:
     spans = Spans()
     instrumentor: Any = PsycopgInstrumentor()
+    classes = (psycopg.Connection, psycopg.AsyncConnection)
+    connects = [(cls, vars(cls)["connect"]) for cls in classes]
     instrumentor.instrument(tracer_provider=spans.provider, meter_provider=metrics.provider)
     try:
         db = make_manager(min_size=1, name="orders")
@@ -308,6 +310,8 @@ async def test_beside_psycopgs_instrumentation_each_thing_is_told_once(
         assert set(read) == set(CONVENTIONS)
     finally:
         instrumentor.uninstrument()
+        for cls, connect in connects:  # it leaves one that makes no subclass any more
+            cls.connect = connect  # type: ignore[method-assign]
 
 
 def test_psycopg_has_no_metrics_of_its_own_yet() -> None:
