@@ -291,7 +291,7 @@ class Sandboxed(AsyncConnection[Any]):
             self._hold.dropped()
 
 
-def _is_one_statement(conn: Sandboxed) -> bool:
+def _is_one_statement(conn: Any) -> bool:
     """Tell whether what is open on *conn* is a statement by itself, which has ended."""
     return (
         isinstance(conn, Sandboxed)  # it may have been given back meanwhile
