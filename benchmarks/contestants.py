@@ -12,7 +12,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
 
-from .contests import ASYNCPG, AUTOCOMMIT, BARE, OURS, SQLALCHEMY
+from .contests import ALONE, ASYNCPG, AUTOCOMMIT, BARE, OURS, SQLALCHEMY
 
 QUERY, PARAMETERS = "select %s::int4 as id, 'x' as name", (7,)
 
@@ -121,10 +121,13 @@ class Held:
 class Poolkeeper(Contestant):
     name = OURS
     needs = "poolkeeper"
+    kwargs: ClassVar[dict[str, Any]] = {"pipeline": True}
 
     async def open(self) -> None:
         patience = {} if self.timeout is None else {"timeout": self.timeout}
-        self.pool = PoolManager(self.dsn, min_size=self.size, max_size=self.size, **patience)
+        self.pool = PoolManager(
+            self.dsn, min_size=self.size, max_size=self.size, **patience, **self.kwargs
+        )
         self.connection = self.pool.connection  # type: ignore[method-assign]
         await self.pool.open()
 
@@ -138,6 +141,13 @@ class Poolkeeper(Contestant):
 
     async def query(self) -> Any:
         return await self.pool.fetchone(QUERY, PARAMETERS)
+
+
+class Alone(Poolkeeper):
+    """A connection for each statement."""
+
+    name = ALONE
+    kwargs: ClassVar[dict[str, Any]] = {"pipeline": False}
 
 
 class Asyncpg(Contestant):

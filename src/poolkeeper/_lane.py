@@ -456,8 +456,10 @@ class Lane(Place):
             self._stopping = False
 
     def stop_for_nobody(self) -> None:
-        """Stop what runs in a task of the pool's."""
+        """Stop what runs in a task of the pool's; not if its loop is gone, and so all of it."""
         self.closed = True
+        if self._room.life.gone:
+            return
         self.users += 1
         self._room.life.tasks.start(self._stop_for_nobody, "stop")
 

@@ -144,7 +144,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         close_timeout: float = 5.0,
         application_name: str | None = None,
         leak_threshold: float | None = None,
-        pipeline: bool = False,
+        pipeline: bool = True,
         expected_processes: int | None = None,
     ) -> None:
         if open:

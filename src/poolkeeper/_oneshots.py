@@ -22,10 +22,11 @@ import asyncio
 from asyncio import _get_running_loop
 from contextvars import Context
 from time import monotonic
+from types import FunctionType, ModuleType
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor
+from psycopg import AsyncConnection, AsyncCursor, connection_async, cursor_async
 
 from ._acquiring import take, wait_for_connection
 from ._asked import Asked, result_of
@@ -47,8 +48,15 @@ SLOW = 0.01
 MANY = 1000
 """Rows of an answer that takes its time, however quick the server was."""
 
-_EXECUTE = AsyncCursor.execute
-_CURSOR = AsyncConnection.cursor
+
+def _unless_patched(method: Any, module: ModuleType) -> object:
+    """Return *method* if it is the one of *module*, however early somebody may have come."""
+    own = type(method) is FunctionType and method.__globals__ is vars(module)
+    return method if own else None
+
+
+_EXECUTE = _unless_patched(AsyncCursor.execute, cursor_async)
+_CURSOR = _unless_patched(AsyncConnection.cursor, connection_async)
 
 
 class Lanes:

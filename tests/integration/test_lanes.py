@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import decimal
+import functools
 import random
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from psycopg import cursor_async
 from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
 from psycopg.types.json import Jsonb
 
@@ -656,6 +658,18 @@ async def test_a_cursor_that_is_patched_sees_every_statement(
     monkeypatch.setattr(psycopg.AsyncCursor, "execute", traced)
     assert await one.fetchval(PLAIN, (1,)) == 1
     assert seen == [PLAIN]
+
+
+def test_a_patch_is_known_however_early_it_came() -> None:
+    execute: Any = psycopg.AsyncCursor.execute
+
+    @functools.wraps(execute)
+    async def traced(*args: Any) -> Any:
+        return await execute(*args)
+
+    assert _oneshots._unless_patched(execute, cursor_async) is execute
+    assert _oneshots._unless_patched(traced, cursor_async) is None
+    assert _oneshots._unless_patched(functools.partial(execute), cursor_async) is None
 
 
 async def test_notice_handlers_are_called_as_ever(make_manager: MakeManager) -> None:
