@@ -12,7 +12,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
 
-from .contests import ALONE, ASYNCPG, AUTOCOMMIT, BARE, OURS, SQLALCHEMY
+from .contests import ASYNCPG, AUTOCOMMIT, BARE, OURS, SHARED, SQLALCHEMY
 
 QUERY, PARAMETERS = "select %s::int4 as id, 'x' as name", (7,)
 
@@ -121,7 +121,7 @@ class Held:
 class Poolkeeper(Contestant):
     name = OURS
     needs = "poolkeeper"
-    kwargs: ClassVar[dict[str, Any]] = {"pipeline": True}
+    kwargs: ClassVar[dict[str, Any]] = {}
 
     async def open(self) -> None:
         patience = {} if self.timeout is None else {"timeout": self.timeout}
@@ -143,11 +143,11 @@ class Poolkeeper(Contestant):
         return await self.pool.fetchone(QUERY, PARAMETERS)
 
 
-class Alone(Poolkeeper):
-    """A connection for each statement."""
+class Shared(Poolkeeper):
+    """Statements share connections."""
 
-    name = ALONE
-    kwargs: ClassVar[dict[str, Any]] = {"pipeline": False}
+    name = SHARED
+    kwargs: ClassVar[dict[str, Any]] = {"pipeline": True}
 
 
 class Asyncpg(Contestant):

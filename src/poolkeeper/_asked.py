@@ -110,13 +110,13 @@ def rowcount(result: Any, _transformer: Any, _make_row: Any) -> int:
 
 def first_row(result: Any, transformer: Any, make_row: Any) -> Any:
     """Return the first row; None if there is none."""
-    if not result.nfields or not result.ntuples:
+    if result.status != TUPLES_OK or not result.ntuples:
         return None
     return transformer.load_row(0, make_row)
 
 
 def all_rows(result: Any, transformer: Any, make_row: Any) -> list[Any]:
     """Return all rows."""
-    if not result.nfields:
+    if result.status != TUPLES_OK:
         return []
     return transformer.load_rows(0, result.ntuples, make_row)  # type: ignore[no-any-return]

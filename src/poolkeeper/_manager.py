@@ -100,8 +100,8 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         leak_threshold: Seconds after which a checkout is logged as a suspected leak, with the
             stack of its acquire; None to keep no stacks and suspect nobody. Keeping them costs
             tens of microseconds for each acquire.
-        pipeline: Let statements of several tasks that `execute()`, `fetchone()`, `fetchall()` and
-            `fetchval()` run be under way on one connection.
+        pipeline: Let `execute()`, `fetchone()`, `fetchall()` and `fetchval()` of several tasks
+            share connections where they would have to wait: plain reads, in pipeline mode.
         expected_processes: How many processes open this pool, on all machines together: for
             `ConnectionBudgetWarning`, and for ``application_name``, to which each adds its
             number where there are several. If None, as many as uvicorn, hypercorn, gunicorn or
@@ -144,7 +144,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         close_timeout: float = 5.0,
         application_name: str | None = None,
         leak_threshold: float | None = None,
-        pipeline: bool = True,
+        pipeline: bool = False,
         expected_processes: int | None = None,
     ) -> None:
         if open:

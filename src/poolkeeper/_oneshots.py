@@ -169,7 +169,8 @@ class Lanes:
         for lane in list(self._all):
             if lane.under_way and lane.head_since < late:
                 # It may be this loop that has stood still.
-                lane.read()
+                if not lane.session.is_quiet():
+                    lane.read()
                 if lane.under_way and lane.head_since < late:
                     _note_slow(lane)
 
