@@ -337,6 +337,9 @@ class RetiredConnection(BoundConnection):
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise self.refusal()
 
+    async def _refuse_when_awaited(self, *_: Any, **__: Any) -> NoReturn:
+        raise self.refusal()
+
     def _history(self, last: str) -> str:
         """Return where the handle was acquired, what was done with it *last*, and whose it was."""
         checkout: Checkout | None = vars(self).get("_checkout")
@@ -383,13 +386,14 @@ class RetiredConnection(BoundConnection):
 
 
 # All of them would refuse, when they come to the session. So that the line of whoever calls is next
-# to the last in the traceback, they do it at once.
-for _name in (
-    *("cursor", "execute", "wait", "commit", "rollback", "transaction", "pipeline", "notifies"),
-    *("set_autocommit", "set_isolation_level", "set_read_only", "set_deferrable", "fileno"),
-    *("tpc_begin", "tpc_prepare", "tpc_commit", "tpc_rollback", "tpc_recover"),
-):
+# to the last in the traceback, they do it at once; and those that are awaited, when they are.
+for _name in ("cursor", "wait", "transaction", "pipeline", "notifies", "fileno"):
     setattr(RetiredConnection, _name, RetiredConnection._refuse)
+for _name in (
+    *("execute", "commit", "rollback", "set_autocommit", "set_isolation_level", "set_read_only"),
+    *("set_deferrable", "tpc_begin", "tpc_prepare", "tpc_commit", "tpc_rollback", "tpc_recover"),
+):
+    setattr(RetiredConnection, _name, RetiredConnection._refuse_when_awaited)
 RetiredConnection.info = property(RetiredConnection._refuse)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
 
 

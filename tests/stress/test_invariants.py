@@ -35,7 +35,7 @@ NAME = "invariants"
 SEEDS = (
     [int(os.environ["POOLKEEPER_SEED"])]
     if "POOLKEEPER_SEED" in os.environ
-    else list(range(int(os.environ.get("POOLKEEPER_SEEDS", "40"))))
+    else list(range(int(os.environ.get("POOLKEEPER_SEEDS", "24"))))
 )
 STEPS = 400
 CALLBACKS = ("check", "reset", "configure")
