@@ -71,7 +71,7 @@ class Stage:
     module: str
     contestants: Mapping[str, tuple[str, ...]]
     contests: Mapping[str, Contest]
-    seconds: float = 0.8
+    seconds: float = 0.7
     loops: tuple[str, ...] = LOOPS
 
     def installed(self) -> list[str]:

@@ -465,6 +465,7 @@ Written by `make bench`; do not edit.
 {warning}
 Absolute times on a shared machine say little, ratios say more.
 Each contestant has a process of its own, and they take turns, in an order that rotates, so that what disturbs one disturbs all.
+A process can be slow for as long as it lives, three times as slow, whoever's it is: after three rounds each gets another one.
 A ratio is taken within each round; shown are the median of {rounds} rounds and, in parentheses, the quartiles.
 CPU is `process_time()` of the contestant's process, that of PostgreSQL not included.
 poolkeeper runs with its defaults: every guard is on.

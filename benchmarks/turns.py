@@ -26,6 +26,9 @@ from .timing import Turn, rotated, runner
 
 ROOT = Path(__file__).parents[1]
 
+LIFE = 3
+"""Rounds that a process takes part in, for one can be slow for as long as it lives."""
+
 Results = dict[str, dict[str, dict[str, list[float]]]]
 """By contest and contestant: seconds per operation, of "cpu" and "wall", for each round."""
 
@@ -91,21 +94,22 @@ def measure(
 ) -> Results:
     """Let all contestants of *stage* that are installed take *rounds* turns at each contest."""
     found: Results = {contest: {} for contest in contests}
-    with ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(Process(stage, name, dsn, loop, seconds))
-            for name in STAGES[stage].installed()
-        }
-        for name, process in processes.items():
-            for contest in process.contests():
-                if contest in found:
-                    found[contest][name] = {"cpu": [], "wall": []}
-        for number in range(rounds):
-            for contest, samples in found.items():
-                for name in rotated(samples, number) if samples else ():
-                    turn = processes[name].turn(contest)
-                    samples[name]["cpu"].append(turn.cpu / turn.done)
-                    samples[name]["wall"].append(turn.wall / turn.done)
+    for first in range(0, rounds, LIFE):
+        with ExitStack() as stack:
+            processes = {
+                name: stack.enter_context(Process(stage, name, dsn, loop, seconds))
+                for name in STAGES[stage].installed()
+            }
+            for name, process in processes.items():
+                for contest in process.contests():
+                    if contest in found:
+                        found[contest].setdefault(name, {"cpu": [], "wall": []})
+            for number in range(first, min(first + LIFE, rounds)):
+                for contest, samples in found.items():
+                    for name in rotated(samples, number) if samples else ():
+                        turn = processes[name].turn(contest)
+                        samples[name]["cpu"].append(turn.cpu / turn.done)
+                        samples[name]["wall"].append(turn.wall / turn.done)
     return found
 
 
