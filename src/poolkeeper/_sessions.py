@@ -104,11 +104,8 @@ class Wire:
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._pgconn = weakref.ref(pgconn)
-        libpqs = socket.socket(fileno=pgconn.socket)
-        try:
-            self._socket = libpqs.dup()
-        finally:
-            libpqs.detach()
+        # Not socket.dup() of an object: that lets it block, and with it libpq's.
+        self._socket = socket.socket(fileno=socket.dup(pgconn.socket))
         self._closed_at: float | None = None
 
     def is_gone(self) -> bool:
@@ -126,7 +123,6 @@ class Wire:
 
     def _is_at_end(self) -> bool:
         try:
-            self._socket.setblocking(False)
             while self._socket.recv(4096):
                 pass
         except BlockingIOError:

@@ -326,3 +326,12 @@ run(parent())
 def test_a_forked_child_has_a_budget_of_its_own(dsn: str, loop_name: str) -> None:
     ended = run_program(FORK, dsn, loop=loop_name)
     assert (ended.code, ended.out) == (0, "parent\n"), ended.err
+
+
+async def test_a_socket_stays_as_libpq_has_made_it(dsn: str) -> None:
+    """What is watched is a duplicate, and a mode of one is a mode of both."""
+    pools = PoolPerLoop(lambda: PoolManager(dsn, min_size=1, max_size=1), budget=1)
+    db = await pools.current()
+    async with db.connection() as conn:
+        assert not os.get_blocking(conn.pgconn.socket)
+    await db.close()
