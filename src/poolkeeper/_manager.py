@@ -101,7 +101,8 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
             stack of its acquire; None to keep no stacks and suspect nobody. Keeping them costs
             tens of microseconds for each acquire.
         pipeline: Let `execute()`, `fetchone()`, `fetchall()` and `fetchval()` of several tasks
-            share connections where they would have to wait: plain reads, in pipeline mode.
+            share connections where they would have to wait: plain reads, in pipeline mode. With
+            False each statement has a connection to itself.
         expected_processes: How many processes open this pool, on all machines together: for
             `ConnectionBudgetWarning`, and for ``application_name``, to which each adds its
             number where there are several. If None, as many as uvicorn, hypercorn, gunicorn or
@@ -144,7 +145,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         close_timeout: float = 5.0,
         application_name: str | None = None,
         leak_threshold: float | None = None,
-        pipeline: bool = False,
+        pipeline: bool = True,
         expected_processes: int | None = None,
     ) -> None:
         if open:

@@ -91,6 +91,8 @@ class Observer:
                 self._acquired(event)
             case events.Released():
                 self._released(event)
+            case events.GaveUp(why="shared"):  # its statement goes along on a connection of others
+                self._waiting = max(0, self._waiting - 1)
             case events.TimedOut() | events.GaveUp() | events.TurnedAway():
                 self._in_vain(event)
             case events.ConnectFailed():

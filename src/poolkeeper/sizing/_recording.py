@@ -119,7 +119,8 @@ class Recording:
         self._done.append((since, event.held_seconds, event.query_seconds))
 
     def _gave_up(self, event: TimedOut | GaveUp) -> None:
-        self._in_vain.append(monotonic() - event.waited_seconds)
+        if getattr(event, "why", "") != "shared":  # else it needs no connection of its own
+            self._in_vain.append(monotonic() - event.waited_seconds)
 
     # --- what is made of it -------------------------------------------------------------------
 
