@@ -12,7 +12,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import PoolManager
 
-from .contests import ASYNCPG, AUTOCOMMIT, BARE, OURS, SHARED, SQLALCHEMY
+from .contests import ALONE, ASYNCPG, AUTOCOMMIT, BARE, OURS, SQLALCHEMY
 
 QUERY, PARAMETERS = "select %s::int4 as id, 'x' as name", (7,)
 
@@ -143,11 +143,11 @@ class Poolkeeper(Contestant):
         return await self.pool.fetchone(QUERY, PARAMETERS)
 
 
-class Shared(Poolkeeper):
-    """Statements share connections."""
+class Alone(Poolkeeper):
+    """Each statement has a connection to itself."""
 
-    name = SHARED
-    kwargs: ClassVar[dict[str, Any]] = {"pipeline": True}
+    name = ALONE
+    kwargs: ClassVar[dict[str, Any]] = {"pipeline": False}
 
 
 class Asyncpg(Contestant):

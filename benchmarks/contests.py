@@ -14,7 +14,7 @@ from typing import Literal
 
 LOOPS = ("asyncio", "uvloop")
 BARE, OURS = "psycopg_pool", "poolkeeper"
-SHARED = "poolkeeper, `pipeline=True`"
+ALONE = "poolkeeper, `pipeline=False`"
 AUTOCOMMIT, HELD = "psycopg_pool, autocommit", "psycopg, held"
 ASYNCPG, SQLALCHEMY = "asyncpg", "SQLAlchemy"
 
@@ -107,7 +107,7 @@ POOLS = Stage(
         BARE: (),
         AUTOCOMMIT: (),
         OURS: (),
-        SHARED: (),
+        ALONE: (),
         HELD: (),
         ASYNCPG: ("asyncpg",),
         SQLALCHEMY: ("sqlalchemy",),
@@ -129,7 +129,6 @@ POOLS = Stage(
                     "cpu",
                     HELD,
                     (1.00, 1.00),
-                    SHARED,
                 ),
                 Target(
                     f"CPU of a {_ONE_SHOT}, beside asyncpg's `pool.fetchrow()`",
@@ -142,13 +141,12 @@ POOLS = Stage(
         "one-shot-64": Contest(
             f"one-shot, {_CROWD}",
             (
-                Target(f"{_CROWD}, beside asyncpg, wall", "wall", ASYNCPG, (0.40, 0.40), SHARED),
+                Target(f"{_CROWD}, beside asyncpg, wall", "wall", ASYNCPG, (0.40, 0.40)),
                 Target(
                     f"{_CROWD}, beside a connection for each, wall",
                     "wall",
-                    OURS,
+                    ALONE,
                     (0.32, 0.32),
-                    SHARED,
                 ),
             ),
         ),
@@ -158,9 +156,8 @@ POOLS = Stage(
                 Target(
                     f"{_CROWD}, p99, beside a connection for each",
                     "wall",
-                    OURS,
+                    ALONE,
                     (1.00, 1.00),
-                    SHARED,
                 ),
             ),
         ),
@@ -202,7 +199,7 @@ FASTAPI = Stage(
                     ("`DepConnection` beside the bare pool by hand", DEPENDENCY, BY_HAND, 1.05),
                     ("`connection_from()`, the same", FROM_REQUEST, BY_HAND, 1.10),
                     ("`db.connection()`, the same", CONNECTION, BY_HAND, 1.10),
-                    ("`db.fetchone()` beside asyncpg's pool", FETCHONE, ASYNCPG, 1.0),
+                    ("`db.fetchone()` beside asyncpg's pool", FETCHONE, ASYNCPG, 1.3),
                 )
             ),
         )

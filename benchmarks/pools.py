@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import perf_counter, process_time
 
-from .contestants import EVERY, Autocommit, Contestant, Held, Shared
-from .contests import AUTOCOMMIT, HELD, SHARED
+from .contestants import EVERY, Alone, Autocommit, Contestant, Held
+from .contests import ALONE, AUTOCOMMIT, HELD
 from .timing import Turn, Turns, Work, paced
 from .works import by_many, by_one, empty, held_for_a_turn, repeated
 
@@ -24,11 +24,11 @@ async def enter(stage: str, contestant: str, dsn: str) -> AsyncIterator[Turns]: 
         async with Held(dsn) as held:
             yield {"one-shot": paced(by_one(repeated(held.query)))}
         return
-    (kind,) = (kind for kind in (*EVERY, Shared, Autocommit) if kind.name == contestant)
+    (kind,) = (kind for kind in (*EVERY, Alone, Autocommit) if kind.name == contestant)
     async with kind(dsn, CONNECTIONS, PATIENCE) as pool:
         one_shot = repeated(pool.query)
         works = {"one-shot": by_one(one_shot), "one-shot-64": by_many(one_shot, TASKS)}
-        if contestant not in (SHARED, AUTOCOMMIT):
+        if contestant not in (ALONE, AUTOCOMMIT):
             works |= blocks(pool)
         turns = {name: paced(work) for name, work in works.items()}
         yield turns | {"one-shot-64-p99": longest(pool, TASKS)}
