@@ -23,7 +23,6 @@ from typing_extensions import TypeVar
 
 from . import _door, _facts
 from ._config import bad, refuse_misplaced, require_flag, require_number
-from ._no_life import State
 from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function
 from .errors import (
@@ -420,7 +419,8 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
         pool = vars(self).get("_pool")
-        if pool is None or pool.state not in (State.OPENING, State.OPEN):
+        # What is as global as State may be gone, where this is the end of Python.
+        if pool is None or pool._life.ending or pool._life.gone:
             return
         _warn(
             f'pool "{pool.name}" was never closed; opened {pool.opened}',

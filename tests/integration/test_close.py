@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import re
+import sys
 import warnings
 from collections.abc import Callable, Coroutine
 from time import monotonic
@@ -867,3 +868,16 @@ async def test_what_was_known_of_a_pool_is_known_after_its_end(make_manager: Mak
     assert (told.state, told.total, told.load.gave_up, told.load.released) == ("closed", 0, 1, 1)
     await manager.open()
     assert manager.snapshot().load.released == 0
+
+
+@pytest.mark.parametrize("module", ["_manager", "_pool", "_no_life"])
+def test_a_manager_that_goes_with_the_interpreter_goes_quietly(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would look up may be None by then: Python takes modules apart one by one."""
+    db = PoolManager("host=nowhere")
+    there = sys.modules[f"poolkeeper.{module}"]
+    for name in vars(there).copy():
+        if not name.startswith("__"):
+            monkeypatch.setattr(there, name, None)
+    db.__del__()
