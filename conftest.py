@@ -57,6 +57,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # and Python itself does, need not look through it each time.
     gc.collect()
     gc.freeze()
+    # Django has read it. A worker of Celery that a test starts would think that it is its own.
+    os.environ.pop("DJANGO_SETTINGS_MODULE", None)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:

@@ -322,6 +322,7 @@ class Lane(Place):
                     if pgconn.status == BAD:
                         break
                 elif result.status == SYNC:
+                    self.checkout.used += 1
                     self._answer(under_way.popleft())
                 else:
                     under_way[0].results.append(result)
@@ -339,7 +340,6 @@ class Lane(Place):
         """Note that some were answered."""
         checkout = self.checkout
         now = self.head_since = self.session.heard_at = checkout.changed_at = monotonic()
-        checkout.used = True
         checkout.busy_seconds += now - checkout.busy_since
         checkout.busy_since = now
         if self.under_way:
@@ -417,7 +417,7 @@ class Lane(Place):
             self._wake(asked)
         if failed:
             self._idle()
-        self.checkout.used = True
+        self.checkout.used += 1
         if self.pgconn.status != BAD or self.checkout.session is None:
             self.session.finish()
         self._look_for_users()

@@ -71,7 +71,8 @@ class Lanes:
         self.life = life
         self.loop = asyncio.get_running_loop()
         self.texts = Texts()
-        self.refused = not psycopg.capabilities.has_pipeline()
+        # Agents and users change all connections, or none: one that is idle tells.
+        self.refused = not psycopg.capabilities.has_pipeline() or not all(map(_is_plain, life.idle))
         """True if connections of this pool are to be used by psycopg's cursors only."""
         self._shares = life.check is None and life.reset is None
         """False if each checkout has something of its own that others must not share."""

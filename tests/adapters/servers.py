@@ -28,6 +28,7 @@ from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SESSIONS = "poolkeeper:ledger"
+"""What their names begin with: where there are several processes, each adds its number."""
 
 Command = Callable[[str, int], list[str]]
 
@@ -274,7 +275,7 @@ def _sessions(dsn: str, condition: str) -> int:
     with psycopg.connect(dsn) as conn:
         row = conn.execute(
             "select count(*) from pg_stat_activity where datname = current_database()"
-            f" and application_name = %s and {condition}",
+            f" and starts_with(application_name, %s) and {condition}",
             (SESSIONS,),
         ).fetchone()
     assert row is not None

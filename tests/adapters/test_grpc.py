@@ -169,7 +169,7 @@ def last_query(dsn: str) -> float | None:
     with psycopg.connect(dsn) as conn:
         row = conn.execute(
             "select extract(epoch from clock_timestamp() - max(query_start)) from pg_stat_activity"
-            " where application_name = %s and query like '%%from transfers%%'"
+            " where starts_with(application_name, %s) and query like '%%from transfers%%'"
             " and datname = current_database()",
             (SESSIONS,),
         ).fetchone()

@@ -132,7 +132,7 @@ def sessions(dsn: str) -> int:
     with psycopg.connect(dsn) as conn:
         (row,) = conn.execute(
             "select count(*)::int from pg_stat_activity"
-            " where datname = current_database() and application_name = %s",
+            " where datname = current_database() and starts_with(application_name, %s)",
             (SESSIONS,),
         )
     return int(row[0])

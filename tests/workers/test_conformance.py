@@ -119,7 +119,10 @@ def test_a_worker_does_each_task_as_a_whole_and_once(
             (value,) = conn.execute(query.encode()).fetchone() or (None,)
             return value
 
-        there = f"select count(*) from pg_stat_activity where application_name = '{SESSIONS}'"
+        there = (
+            "select count(*) from pg_stat_activity"
+            f" where starts_with(application_name, '{SESSIONS}')"
+        )
         with processes(tool, database, redis, tmp_path / "log") as running:
 
             def see(condition: Callable[[], object]) -> None:
