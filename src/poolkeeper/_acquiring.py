@@ -58,6 +58,8 @@ Wait: TypeAlias = tuple[float, bool]
 
 NO_WAIT = 0.0, False
 
+_current_task: Any = current_task
+
 
 def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: bool) -> Any:
     """
@@ -126,8 +128,9 @@ def _check_out(
     now: float,
     wait: Wait = NO_WAIT,
 ) -> Any:
-    task: Any = current_task(loop)  # which loop this is need not be asked again
-    checkout = Checkout(session, task, frame.f_code, lineno, structured, now)
+    # Which loop this is need not be asked again. The task is in no variable, which would hold its
+    # own error, and that the connection, if this is cut short by a RecursionError, say.
+    checkout = Checkout(session, _current_task(loop), frame.f_code, lineno, structured, now)
     session.checkout = conn._checkout = checkout
     conn._pool = life.pool
     if life.listeners.quiet:
