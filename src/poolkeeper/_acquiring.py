@@ -381,14 +381,16 @@ def _who(timeout: float, task: asyncio.Task[Any] | None, code: Code, lineno: int
 
 
 def _recent_moment(life: Life) -> Moment:
-    moment = life.last_moment
-    # Who tries again and again would spend more time on the reasons than on the tries.
+    moment, now = life.last_moment, monotonic()
+    # Who tries again and again would spend more time on the reasons than on the tries: those are
+    # good for a while, and for twenty times as long as it took to find them.
     if (
         moment is None
-        or monotonic() - moment.when > FRESH
+        or now > life.moment_until
         or not moment.is_of(_reporting.counts(life), life.ledger.last_began)
     ):
         moment = life.last_moment = _reporting.moment(life)
+        life.moment_until = max(now + FRESH, monotonic() + 20 * (monotonic() - now))
     return moment
 
 

@@ -158,6 +158,7 @@ class Life:
     slow_callbacks: SlowCallbacks | None = None
     leak_timer: asyncio.TimerHandle | None = None
     last_moment: Moment | None = None
+    moment_until = 0.0
     question: Question | None = None
     """The last one that `check()` of the manager has asked."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import logging
 import random
 import time
@@ -401,6 +402,8 @@ async def test_a_log_that_fails_leaves_nobody_waiting(
 async def test_a_refusal_whose_reason_nobody_reads_costs_little(
     one: PoolManager[Any], hold: Callable[[], Awaitable[Any]]
 ) -> None:
+    for name in ("litestar", "quart", "aiohttp", "falcon"):  # whose requests are looked for
+        importlib.import_module(f"poolkeeper.adapters.{name}")
     await hold()
     waiting = [asyncio.create_task(one.pool.getconn()) for _ in range(1000)]
     await until(lambda: len(life(one.pool).line) == 1000)
