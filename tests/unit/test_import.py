@@ -197,6 +197,14 @@ def test_what_was_pickled_is_read_by_a_process_that_has_loaded_nothing() -> None
     assert python("-c", source).startswith('pool "orders" (new): ')
 
 
+def test_the_command_line_loads_what_a_command_needs_when_it_runs() -> None:
+    modules = loaded_by("import poolkeeper.__main__")
+    assert "poolkeeper.cli.top" in modules
+    assert not {
+        name for name in modules if name.startswith(("poolkeeper.sizing", "poolkeeper.live"))
+    }
+
+
 def test_type_hints_are_found() -> None:
     """A framework asks for those of a function that it is given, without knowing our modules."""
     source = (

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ._arguments import seconds
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to those there are."""
@@ -30,7 +32,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--timeout", type=_seconds, default=5.0, help="seconds for each step (default: 5)"
+        "--timeout", type=seconds(0.1, 600), default=5.0, help="seconds for each step (default: 5)"
     )
     parser.add_argument(
         "--max-size", type=_number, default=4, help="max_size of the pool, for the budget"
@@ -39,16 +41,6 @@ def add_parser(commands: Any) -> None:
         "--processes", type=_number, help="processes that open such a pool, for the budget"
     )
     parser.set_defaults(run=_run)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0.1 to 600")
-    return seconds
 
 
 def _number(text: str) -> int:
