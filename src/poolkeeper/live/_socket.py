@@ -256,4 +256,7 @@ _servings: dict[Path, _Serving] = {}
 
 def _serving(directory: Path) -> _Serving:
     """Return the one of this process; there is one for each directory."""
-    return _servings.setdefault(directory, _Serving(directory))
+    serving = _servings.get(directory)
+    if serving is None:  # not setdefault(): each that is made stays until the end of the process
+        serving = _servings[directory] = _Serving(directory)
+    return serving
