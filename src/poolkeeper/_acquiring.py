@@ -390,7 +390,8 @@ def _recent_moment(life: Life) -> Moment:
         or not moment.is_of(_reporting.counts(life), life.ledger.last_began)
     ):
         moment = life.last_moment = _reporting.moment(life)
-        life.moment_until = max(now + FRESH, monotonic() + 20 * (monotonic() - now))
+        found = monotonic()
+        life.moment_until = max(now + FRESH, found + 20 * (found - now))
     return moment
 
 
