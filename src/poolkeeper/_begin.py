@@ -89,7 +89,7 @@ def with_begin(conn: Any, gen: Generator[Any, Any, T]) -> PQGen[T]:
     (begun,) = yield from generators.fetch_many(pgconn)
     if begun.status != COMMAND_OK:
         gen.close()
-        failure = psycopg.errors.error_from_result(begun, encoding=pgconn._encoding)
+        failure = _said(pgconn, begun) or _lost()
     elif running:
         try:
             # It may be there already. What there is is looked at first: the generator reads on
@@ -113,13 +113,24 @@ def with_begin(conn: Any, gen: Generator[Any, Any, T]) -> PQGen[T]:
                 break
             if rest[-1].status == FATAL_ERROR and pgconn.status != OK:
                 # Why the session has ended, of which the generator knows the end alone.
-                failure = psycopg.errors.error_from_result(rest[-1], encoding=pgconn._encoding)
+                failure = _said(pgconn, rest[-1]) or failure or _lost()
         pgconn.exit_pipeline_mode()
     except psycopg.Error as ex:  # the session is lost
         failure = failure or ex
     if failure is not None:
         raise failure
     return cast(T, value)
+
+
+def _said(pgconn: Any, result: Any) -> psycopg.Error | None:
+    """Return the server's error; None if libpq has made it, for the session is lost."""
+    if result.error_field(pq.DiagnosticField.SQLSTATE) is None:
+        return None
+    return psycopg.errors.error_from_result(result, encoding=pgconn._encoding)
+
+
+def _lost() -> psycopg.OperationalError:
+    return psycopg.OperationalError("the connection is lost")
 
 
 def _ask(pgconn: Any, at_end: bool) -> PQGen[None]:

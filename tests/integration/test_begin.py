@@ -13,6 +13,7 @@ from psycopg import IsolationLevel, pq, sql
 
 from poolkeeper import PoolManager
 from tests.support.server import admin
+from tests.support.trickle import Trickle
 from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -283,3 +284,32 @@ async def test_a_session_that_ends_in_the_first_query_ends_as_psycopgs_does(
     assert found[0] == found[1]
     assert await db.fetchval("select 42") == 42
     assert "in pipeline mode" not in caplog.text
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+async def test_an_answer_that_is_torn_ends_as_psycopgs_does(
+    prepare: bool, make_manager: MakeManager, dsn: str
+) -> None:
+    """Wherever the network ends, a lost connection is an OperationalError, which many retry."""
+    found: dict[int, set[str]] = {}
+    with Trickle(dsn, pause=0) as proxy:
+        db = make_manager(proxy.dsn, min_size=1, max_size=1, name="orders")
+        await db.open()
+        for length in range(0, 100, 3):
+            conn: Any
+            bare = await psycopg.AsyncConnection.connect(proxy.dsn)
+            for connected in (bare, db.connection()):
+                await db.fetchval("select 42")
+                with pytest.raises(psycopg.Error) as raised:
+                    async with connected as conn:
+                        proxy.cut_after = length
+                        await conn.execute("select %s::int", (1,), prepare=prepare)
+                        await conn.commit()
+                assert conn.closed
+                found.setdefault(length, set()).add(type(raised.value).__name__)
+            await db.fetchval("select 42")
+            proxy.cut_after = length % 60  # its answer is shorter
+            with pytest.raises(psycopg.Error) as raised:
+                await db.fetchone("select %s::int", (1,))
+            found[length].add(type(raised.value).__name__)
+    assert set.union(*found.values()) == {"OperationalError"}, found
