@@ -241,7 +241,12 @@ async def test_read_only_holds_for_its_transaction_and_no_longer(db: PoolManager
         assert await numbers(db) == [2, 3]
 
 
-async def test_pipelines_go_on_after_an_error_as_they_do(db: PoolManager) -> None:
+@pytest.mark.parametrize("before", [0, 0.1])
+@pytest.mark.parametrize("after", [0, 0.1])
+async def test_pipelines_go_on_after_an_error_as_they_do(
+    before: float, after: float, db: PoolManager
+) -> None:
+    """What is between two syncs is one transaction, whenever its error and its end come."""
     async with sandbox(db):
         async with db.connection() as conn:
             async with conn.pipeline() as pipeline:
@@ -257,12 +262,13 @@ async def test_pipelines_go_on_after_an_error_as_they_do(db: PoolManager) -> Non
                 await pipeline.sync()
                 with pytest.raises(psycopg.errors.UniqueViolation):
                     await conn.execute("insert into things values (4)")
+                    await asyncio.sleep(before)
                     await pipeline.sync()
+                await asyncio.sleep(after)
                 await conn.execute("insert into things values (5)")
             async with conn.cursor() as cursor:
                 await cursor.executemany("insert into things values (%s)", [(6,), (7,)])
-        assert (await numbers(db))[:3] == [1, 2, 3]
-        assert (await numbers(db))[-3:] == [5, 6, 7]
+        assert await numbers(db) == [1, 2, 3, 4, 5, 6, 7]
 
 
 async def test_copy_streams_and_server_side_cursors_work(db: PoolManager) -> None:

@@ -17,11 +17,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psycopg
-from psycopg import AsyncConnection, AsyncTransaction, ConnectionInfo, Notify, pq
+from psycopg import AsyncConnection, AsyncPipeline, AsyncTransaction, ConnectionInfo, Notify, pq
 from psycopg.abc import PQGen
 from typing_extensions import override
 
 from ._errors import SandboxError, impossible
+from ._savepoints import settle
 
 if TYPE_CHECKING:
     from ._turns import Hold
@@ -124,6 +125,22 @@ class SandboxInfo(ConnectionInfo):
         return status if status == ACTIVE or self._conn.in_transaction else IDLE
 
 
+class SandboxedPipeline(AsyncPipeline):
+    """
+    Knows where an implicit transaction ends: what is asked between two syncs is one.
+
+    Attributes:
+        synced: True if nothing was asked since the last one.
+    """
+
+    synced = True
+
+    @override
+    def _enqueue_sync(self) -> None:
+        super()._enqueue_sync()
+        self.synced = True
+
+
 class Sandboxed(AsyncConnection[Any]):
     """One checkout of a sandbox; put before the class of the pool's own connections."""
 
@@ -144,12 +161,19 @@ class Sandboxed(AsyncConnection[Any]):
         if self._num_transactions:
             return
         hold = self._hold
-        if hold.savepoint is not None and self._autocommit:
-            failed = self.pgconn.transaction_status == INERROR
-            if self._pipeline is None or failed:  # else the statement is one of several
-                yield from hold.commit(self)
+        pipeline: Any = self._pipeline
+        if pipeline is not None:
+            pipeline.__class__ = SandboxedPipeline
+        if (
+            hold.savepoint is not None
+            and self._autocommit
+            and (pipeline is None or pipeline.synced)
+        ):
+            yield from hold.commit(self)
         if hold.savepoint is None:
             yield from hold.begin(self)
+        if pipeline is not None:
+            pipeline.synced = False
 
     @override
     def _commit_gen(self) -> PQGen[None]:
@@ -225,6 +249,9 @@ class Sandboxed(AsyncConnection[Any]):
         try:
             async with super().transaction(savepoint_name, force_rollback) as block:
                 yield block
+                if self._pipeline is not None:
+                    async with self.lock:
+                        await self.wait(settle(self))
                 if outermost and self.pgconn.transaction_status == INERROR:
                     raise psycopg.Rollback(block)  # a COMMIT would be one, and say nothing
         finally:

@@ -50,13 +50,15 @@ class Savepoints:
         """Release one, and those within; roll back instead where it has failed, as a server."""
         if name not in self._open:
             return  # one around it has ended
-        if conn.pgconn.transaction_status == INERROR:
-            yield from self.roll_back(conn, name)
-            return
         try:
+            if conn._pipeline is not None:
+                yield from settle(conn)
+            if conn.pgconn.transaction_status == INERROR:
+                yield from self.roll_back(conn, name)
+                return
             yield from run(conn, [*_CHECKS, b"RELEASE " + name])
         except psycopg.Error:
-            # Of a constraint that was deferred: that is a roll-back.
+            # Of a constraint that was deferred, say: that is a roll-back.
             if conn.pgconn.transaction_status == INERROR:
                 yield from self.roll_back(conn, name)
             raise
@@ -79,11 +81,10 @@ class Savepoints:
 
 def run(conn: Any, commands: list[bytes]) -> PQGen[None]:
     """Run *commands* in one round trip, or as a part of the pipeline that *conn* is in."""
-    pipeline = conn._pipeline
-    if pipeline is not None:
+    if conn._pipeline is not None:
         for command in commands:
             yield from conn._exec_command(command)
-        yield from pipeline._sync_gen()
+        yield from settle(conn)
         return
     pgconn = conn.pgconn
     pgconn.send_query(b"; ".join(commands))
@@ -91,3 +92,26 @@ def run(conn: Any, commands: list[bytes]) -> PQGen[None]:
     for result in results:
         if result.status not in _FINE:
             raise psycopg.errors.error_from_result(result)
+
+
+def settle(conn: Any) -> PQGen[None]:
+    """
+    Read what is still to come of the pipeline that *conn* is in: only then its status is known.
+
+    psycopg's ``sync()`` raises the first error that it finds, and may leave the rest for later: an
+    error may have come before the end of what was sent with it.
+    """
+    pipeline = conn._pipeline
+    failure: psycopg.Error | None = None
+    steps = pipeline._sync_gen()
+    before = -1
+    while steps is not None:
+        try:
+            yield from steps
+        except psycopg.Error as ex:
+            failure = failure or ex
+        waiting = len(pipeline.result_queue)
+        steps = pipeline._fetch_gen(flush=False) if waiting and waiting != before else None
+        before = waiting
+    if failure is not None:
+        raise failure
