@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,17 @@ Op = tuple[Any, ...]
 def some_ops(chance: random.Random, depth: int = 0) -> list[Op]:
     ops: list[Op] = []
     for _ in range(chance.randint(1, 5)):
-        kind = chance.choice(["insert", "insert", "commit", "rollback", "switch", "block", "block"])
+        kind = chance.choice(
+            ["insert", "insert", "commit", "rollback", "switch", "block", "block", "pipeline"]
+        )
         if kind == "insert":
             ops.append(("insert", chance.randint(1, 5), chance.choice([None, None, 1, 9])))
+        elif kind == "pipeline":
+            # A deferred constraint that fails at a sync is too much for psycopg 3.3.
+            numbers = [
+                [chance.randint(1, 5) for _ in range(chance.randint(1, 3))] for _ in range(3)
+            ]
+            ops.append(("pipeline", [[("insert", n, None) for n in some] for some in numbers]))
         elif kind == "block" and depth < 3:
             how = chance.choice(["well", "well", "force_rollback", "raise", "Rollback"])
             ops.append(("block", how, some_ops(chance, depth + 1)))
@@ -40,11 +49,32 @@ async def do(conn: Any, ops: list[Op], seen: list[Any]) -> None:
                 await conn.rollback()
             elif kind == "switch":
                 await conn.set_autocommit(not conn.autocommit)
+            elif kind == "pipeline":
+                await pipeline(conn, *rest, seen)
             else:
                 await block(conn, *rest, seen)
         except (psycopg.Error, ZeroDivisionError) as ex:
             seen.append(type(ex).__name__)
         seen.append((kind, conn.info.transaction_status.name))
+
+
+async def pipeline(conn: Any, groups: list[list[Op]], seen: list[Any]) -> None:
+    """Ask in groups, each of them one transaction in autocommit; some with a pause for errors."""
+    async with conn.pipeline() as pipe:
+        for number, group in enumerate(groups):
+            errors = set()
+            # It is chance which call raises. The second sync() reads what the first has left.
+            steps = [(conn.execute, "insert into things values (%s, %s)", op[1:]) for op in group]
+            for step, *args in (*steps, (pause, number), (pipe.sync,), (pipe.sync,)):
+                try:
+                    await step(*args)
+                except psycopg.Error as ex:
+                    errors.add(type(ex).__name__)
+            seen.append(sorted(errors - {"PipelineAborted"}))
+
+
+async def pause(number: int) -> None:
+    await asyncio.sleep(0.005 if number == 1 else 0)
 
 
 async def block(conn: Any, how: str, ops: list[Op], seen: list[Any]) -> None:
@@ -80,7 +110,8 @@ async def run(db: PoolManager, seed: int) -> list[Any]:
 async def test_a_program_sees_in_a_sandbox_what_it_sees_without(
     database: str, make_manager: Callable[..., PoolManager], caplog: pytest.LogCaptureFixture
 ) -> None:
-    db = make_manager(database, min_size=1, max_size=2)
+    # psycopg 3.3 takes for prepared what an aborted pipeline has not run.
+    db = make_manager(database, min_size=1, max_size=2, kwargs={"prepare_threshold": None})
     async with db:
         await db.execute(
             "create table things (n int primary key,"
