@@ -389,7 +389,8 @@ class Lane(Place):
         for.
         """
         asked.left = True
-        if self.nobody_waits:
+        if self.under_way and self.nobody_waits and not self._room.life.gone:
+            self.closed = True  # now: who comes before that task begins would be stopped as well
             await in_own_task(self.stop())
 
     # --- what goes wrong ------------------------------------------------------------------------
@@ -441,8 +442,8 @@ class Lane(Place):
 
     @property
     def nobody_waits(self) -> bool:
-        """True if nobody waits for anything that is under way."""
-        return all(asked.left for asked in self.under_way)
+        """True if nobody waits for anything that is under way, or is about to come."""
+        return not self.promised and all(asked.left for asked in self.under_way)
 
     async def stop(self) -> None:
         """Ask the server to stop what runs, and read its end; close the connection if it won't."""

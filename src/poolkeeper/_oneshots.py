@@ -181,7 +181,7 @@ def _note_slow(lane: Lane) -> None:
     if head.known is not None:
         head.known.was_slow()
         head.known = None
-    if not lane.users:
+    if not lane.users and not lane.promised:
         lane.stop_for_nobody()  # what was moved, and is slow itself
     elif len(lane.under_way) > 1:
         lane.move_others()

@@ -297,7 +297,7 @@ async def test_many_tasks_share_a_connection_and_each_gets_its_own_answer(
         range(100)
     )
     assert one.pool.get_stats()["requests_num"] == before + 100
-    assert at_rest(one)
+    await come_to_rest(one)
 
 
 async def test_an_error_stays_alone(one: PoolManager[Any]) -> None:
@@ -391,7 +391,7 @@ async def test_a_block_is_served_in_its_turn_however_many_one_shots_there_are(
             await conn.execute("select 1")
     ends = True
     assert all(await asyncio.gather(*tasks))
-    assert at_rest(one)
+    await come_to_rest(one)
 
 
 async def test_one_shots_are_served_in_their_turn_however_many_blocks_there_are(
@@ -413,7 +413,7 @@ async def test_one_shots_are_served_in_their_turn_however_many_blocks_there_are(
             )
     ends = True
     await asyncio.gather(*tasks)
-    assert at_rest(one)
+    await come_to_rest(one)
 
 
 async def test_a_pool_grows_for_who_would_have_to_wait(make_manager: MakeManager) -> None:
@@ -441,7 +441,7 @@ async def test_who_is_cancelled_at_any_turn_disturbs_nobody(
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         for n, end in enumerate(ended):
             assert end == n or (n == victim and isinstance(end, asyncio.CancelledError))
-    assert at_rest(one)
+    await come_to_rest(one)
     assert one.pool.get_stats().get("returns_bad", 0) == 0
 
 
@@ -460,13 +460,36 @@ async def test_all_who_are_cancelled_leave_the_connection_good(one: PoolManager[
     assert await one.fetchval("select pg_backend_pid()") == pid
 
 
+@pytest.mark.usefixtures("trusting")
+async def test_who_comes_as_another_is_being_stopped_is_not_stopped_with_it(table: str) -> None:
+    """In the very turn: sent behind it at once, or after a wait in the line."""
+    query = "select n from t"
+    async with PoolManager(table, min_size=1, name="orders", timeout=20, pipeline=True) as db:
+        await know(db, query)
+        for turns in range(6):
+            with psycopg.connect(table) as blocker:
+                blocker.execute("lock table t")
+                head = asyncio.create_task(db.fetchall(query))
+                await asyncio.sleep(0)
+                head.cancel()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                others = [asyncio.create_task(db.fetchall(query)) for _ in range(3)]
+                await asyncio.wait([head])
+                await asyncio.sleep(0.1)  # the server is asked again and again
+            for rows in await asyncio.gather(*others):
+                assert len(rows) == 3
+            assert head.cancelled()
+        await come_to_rest(db)
+
+
 async def test_a_statement_that_takes_too_long_is_stopped_if_it_is_alone(
     one: PoolManager[Any],
 ) -> None:
     with pytest.raises(QueryTimeout, match="took longer") as caught:
         await one.fetchval("select pg_sleep(60)", query_timeout=0.1)
     assert "is still good" in caught.value.detail
-    assert at_rest(one)
+    await come_to_rest(one)
 
 
 @pytest.mark.usefixtures("trusting")
@@ -528,19 +551,18 @@ async def test_no_answer_reaches_a_stranger_whatever_goes_wrong(make_manager: Ma
             except (psycopg.Error, QueryTimeout):
                 pass
 
-        until = monotonic() + 2.0
         n = 0
-        while monotonic() < until:
+        for _ in range(20):
             tasks = [asyncio.create_task(ask(n := n + 1)) for _ in range(30)]
             for _ in range(chance.randrange(6)):
                 await asyncio.sleep(0)
             for task in chance.sample(tasks, 10):
                 task.cancel()
-            if chance.random() < 0.05:
+            if chance.random() < 0.2:
                 await asyncio.to_thread(kill_sessions, db_dsn(db), "poolkeeper:chaos")
             await asyncio.gather(*tasks, return_exceptions=True)
         assert not wrong
-        assert answered > 100
+        assert answered > 50
         await come_to_rest(db)
 
 
@@ -561,7 +583,7 @@ async def test_large_parameters_get_through_while_the_server_answers(one: PoolMa
             one.fetchval(query, (large,)),
         )
     assert ended == [1, large, 2, large]
-    assert at_rest(one)
+    await come_to_rest(one)
 
 
 async def test_close_lets_what_is_under_way_finish_and_refuses_who_waits(
