@@ -114,8 +114,10 @@ class Line(OrderedDict["Waiter", None]):
 
     def first(self, number: int) -> list[Waiter]:
         """Return so many at most of those who waited longest."""
-        # In one step, so that it can be done in another thread.
-        return list(islice(self, number))
+        try:
+            return list(islice(self, number))
+        except RuntimeError:  # in another thread, and between these two calls it changed
+            return list(self)[:number]  # in one
 
     def append(self, waiter: Waiter) -> None:
         """Let *waiter* join at the end."""

@@ -70,7 +70,7 @@ def measures(life: Life | NoLife) -> dict[str, int]:
 
 def unanswered(life: Life) -> int:
     """Return how many attempts wait for a server's answer."""
-    return sum(attempt.asks_server for attempt in life.connector.attempts)
+    return sum(attempt.asks_server for attempt in list(life.connector.attempts))
 
 
 def snapshot(life: Life | NoLife) -> PoolSnapshot:

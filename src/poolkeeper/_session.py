@@ -24,7 +24,7 @@ from math import inf
 from time import monotonic
 from typing import Any, ClassVar, TypeVar, cast
 
-from psycopg import AsyncConnection, pq
+from psycopg import AsyncConnection, OperationalError, pq
 from psycopg._connection_base import BaseConnection
 from psycopg.adapt import AdaptersMap
 from typing_extensions import override
@@ -415,6 +415,9 @@ def _poll_for(fileno: int) -> Callable[[], object]:
 
 
 def shut_down(pgconn: Any) -> None:
-    """Shut the socket of *pgconn* down without closing its descriptor, which libpq owns."""
-    with suppress(OSError), socket.socket(fileno=socket.dup(pgconn.socket)) as duplicate:
+    """Shut the socket of *pgconn*, if it still has one, down; its descriptor is libpq's to close."""
+    with (
+        suppress(OSError, OperationalError),
+        socket.socket(fileno=socket.dup(pgconn.socket)) as duplicate,
+    ):
         duplicate.shutdown(socket.SHUT_RDWR)

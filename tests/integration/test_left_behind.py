@@ -302,3 +302,21 @@ async def test_a_request_to_cancel_that_is_not_answered_ends_its_session(
     request.cancel()
     proxy.cut()
     await asyncio.wait({request})
+
+
+async def test_a_stream_that_is_left_on_a_connection_that_is_lost_meanwhile_ends_in_silence(
+    make_manager: MakeManager, proxy: FaultProxy
+) -> None:
+    """While the server is asked to stop it, the session is closed under it: nothing is raised."""
+    db = make_manager(proxy.dsn, min_size=1, max_size=1, name="orders", timeout=20)
+    await db.open()
+    async with db.connection() as conn:
+        stream = conn.cursor().stream("select generate_series(1, 100000)")
+        assert await anext(stream) == (1,)
+        proxy.silent = True  # to the request to stop it
+        closing = asyncio.ensure_future(stream.aclose())
+        await asyncio.sleep(0.1)
+        conn.pgconn.finish()
+        await closing
+        proxy.silent = False
+    assert await db.fetchval("select 42") == 42
