@@ -415,7 +415,7 @@ def _poll_for(fileno: int) -> Callable[[], object]:
 
 
 def shut_down(pgconn: Any) -> None:
-    """Shut the socket of *pgconn*, if it still has one, down; its descriptor is libpq's to close."""
+    """Shut the socket of *pgconn* down, if it has one; to close it is libpq's business."""
     with (
         suppress(OSError, OperationalError),
         socket.socket(fileno=socket.dup(pgconn.socket)) as duplicate,
