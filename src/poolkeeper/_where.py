@@ -342,15 +342,57 @@ def answering(code: Code, task: object) -> Code:
     """Return *code* with the route of the request that *task* answers, if that is known."""
     if not _tellers or isinstance(code, Handler) or not isinstance(task, asyncio.Task):
         return code
-    for frame in _frames(cast(Any, task)):
+    # Of a task that a handler has made, it is the handler's that was handed the request.
+    tasks: list[asyncio.Task[Any]] = [cast(Any, task)]
+    for asked in tasks:
+        route = _route_in(_frames(asked))
+        if route is not None:
+            return Handler(code, *route)
+        if len(tasks) < _MOST_TASKS:
+            with suppress(Exception):  # what is in a callback may be anything
+                tasks += (one for one in _waiting_for(asked) if one not in tasks)
+    return code
+
+
+_MOST_TASKS = 10
+
+
+def _waiting_for(future: asyncio.Future[Any], depth: int = 3) -> Iterator[asyncio.Task[Any]]:
+    """
+    Give the tasks that are told when *future* is done: by itself, or by a group of tasks.
+
+    Who is told is in its callbacks: a task, a group (`asyncio.TaskGroup`, or anyio's), or a future
+    between the two, as of `asyncio.gather()`. Python 3.14 writes it down for everybody
+    (`asyncio.capture_call_graph()`).
+    """
+    for callback, _ in getattr(future, "_callbacks", None) or ():
+        for told in _in(callback):
+            scope: Any = getattr(told, "cancel_scope", told)
+            host = getattr(scope, "_parent_task", None) or getattr(scope, "_host_task", scope)
+            if isinstance(host, asyncio.Task):
+                yield cast(Any, host)
+            elif isinstance(host, asyncio.Future) and depth:
+                yield from _waiting_for(cast(Any, host), depth - 1)
+
+
+def _in(callback: Any) -> Iterator[object]:
+    yield getattr(callback, "__self__", None)
+    yield from getattr(callback, "args", ())
+    for cell in getattr(callback, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+
+
+def _route_in(frames: Iterator[FrameType]) -> Route:
+    for frame in frames:
         for name in _requests_in(frame.f_code):
             found = frame.f_locals.get(name)
             for teller in _tellers:
                 with suppress(Exception):  # such as of a request that is not complete
                     route = None if found is None else teller(found)
                     if route is not None:
-                        return Handler(code, *route)
-    return code
+                        return route
+    return None
 
 
 @cache

@@ -58,6 +58,8 @@ class Probe:
         self.fail_in_startup = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.go_on = asyncio.Event()
+        self.asked = 0
+        """How many have asked for help: the second and the third in a task of the handler's."""
 
     # --- the user's own hooks -----------------------------------------------------------------
 
@@ -86,6 +88,17 @@ class Probe:
 
     async def helped(self) -> str:
         """GET /helped/{number}: a handler that asks for no connection, and calls what does."""
+        self.asked += 1
+        if self.asked == 1:
+            return await self.help()
+        if self.asked == 2:
+            return (await asyncio.gather(self.help()))[0]
+        async with asyncio.TaskGroup() as group:
+            child = group.create_task(self.help())
+        return child.result()
+
+    async def help(self) -> str:
+        """Ask the manager for a connection, whoever is helped with it."""
         async with self.db.connection() as conn:
             return await self.order(conn)
 
@@ -414,14 +427,14 @@ class Conformance:
     async def test_what_a_handler_calls_that_asks_the_manager_is_named_by_its_route_too(
         self, http: Any, db: PoolManager[Any], probe: Probe
     ) -> None:
-        """Whether it holds or waits, and asks for itself whose request it is for or not."""
+        """Whether it holds or waits; in a task that the handler makes as well."""
         requests = [asyncio.create_task(http.get(f"/helped/47{n}?for=me")) for n in range(3)]
         await until(lambda: db.snapshot().in_use == 2 and db.snapshot().waiting == 1)
         snapshot = db.diagnose().snapshot
         probe.go_on.set()
         assert [(await request).text for request in requests] == ["(1,)"] * 3
-        line = Probe.helped.__code__.co_firstlineno + 2
-        place = f"tests/adapters/conformance.py:{line} in Probe.helped"
+        line = Probe.help.__code__.co_firstlineno + 2
+        place = f"tests/adapters/conformance.py:{line} in Probe.help"
         route = self.framework.order.replace("orders", "helped")
         rows = (*snapshot.checkouts, *snapshot.waiters)
         assert [row.asker for row in rows] == [f"{route}, {place}" if route else place] * 3

@@ -55,7 +55,7 @@ class Conflict(Exception):
 
 class OnASGI(Framework):
     name = "asgi"
-    order = ""  # who knows the routes is inside
+    order = "GET /orders/{number}"
 
     def build(self, probe: Probe) -> Any:
         async def live(receive: Receive, send: Send) -> None:
@@ -78,10 +78,12 @@ class OnASGI(Framework):
                         value = await probe.value(conn)
                     await answer(send, value)
                 case path if path.startswith("/orders/"):
+                    scope["route"] = "/orders/{number}"
                     async with connection_from(scope) as conn:
                         value = await probe.order(conn)
                     await answer(send, value)
                 case path if path.startswith("/helped/"):
+                    scope["route"] = "/helped/{number}"
                     await answer(send, await probe.helped())
                 case "/unasked":
                     await answer(send, probe.unasked())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
+import anyio
 import anyio.from_thread
 import httpx
 import psycopg
@@ -47,6 +48,8 @@ from tests.support.waiting import until
 
 from .conformance import Conformance, Framework, Probe, client
 from .servers import Served
+
+Work: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class OnStarlette(Framework):
@@ -398,6 +401,87 @@ def test_what_runs_after_the_response_takes_a_connection_of_its_own(db: PoolMana
     with TestClient(application(db, Route("/begin", begin))) as http:
         assert http.get("/begin").text == "begun"
     assert seen == [0, 1]
+
+
+# --- tasks that a handler makes -------------------------------------------------------------------
+
+
+async def _gather(work: Work) -> None:
+    await asyncio.gather(work(), work())
+
+
+async def _gather_twice(work: Work) -> None:
+    await asyncio.gather(_gather(work))
+
+
+async def _task_group(work: Work) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(work())
+        await asyncio.Event().wait()
+
+
+async def _task_group_of_anyio(work: Work) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(work)
+
+
+async def _await(work: Work) -> None:
+    await asyncio.create_task(work())
+
+
+async def _wait(work: Work) -> None:
+    await asyncio.wait([asyncio.create_task(work())])
+
+
+async def _wait_for(work: Work) -> None:
+    await asyncio.wait_for(work(), 60)
+
+
+async def _shield(work: Work) -> None:
+    await asyncio.shield(work())
+
+
+WAYS = (
+    _gather,
+    _gather_twice,
+    _task_group,
+    _task_group_of_anyio,
+    _await,
+    _wait,
+    _wait_for,
+    _shield,
+)
+
+
+async def test_who_asks_in_a_task_that_a_handler_made_is_named_by_the_handlers_route(
+    db: PoolManager[Any],
+) -> None:
+    """Whichever way the handler waits for it; a task that nobody waits for, by its line alone."""
+
+    async def work() -> None:
+        async with db.connection():
+            pass
+
+    async def order(request: Request) -> Response:
+        await WAYS[request.path_params["way"]](work)
+        return PlainTextResponse("")
+
+    async def alone() -> None:
+        async with db.connection():
+            pass
+
+    app = application(db, Route("/orders/{way:int}", order))
+    async with LifespanManager(app) as running, client(running.app) as http, db.connection():
+        requests = [asyncio.create_task(http.get(f"/orders/{way}")) for way in range(len(WAYS))]
+        other = asyncio.create_task(alone())
+        await until(lambda: db.snapshot().waiting == len(WAYS) + 3)
+        rows = db.snapshot().waiters
+        for task in (*requests, other):
+            task.cancel()
+        await asyncio.wait([*requests, other])
+    place = f"{HERE}:{work.__code__.co_firstlineno + 1} in work"
+    mine = f"{HERE}:{alone.__code__.co_firstlineno + 1} in alone"
+    assert {row.asker for row in rows} == {f"GET /orders/{{way:int}}, {place}", mine}
 
 
 # --- streams and WebSockets -----------------------------------------------------------------------

@@ -202,8 +202,9 @@ _HELD = "poolkeeper.held"
 
 
 def asgi_route(scope: Mapping[str, Any]) -> Route:
-    """Return what Starlette, and what is built on it, has found for a request."""
-    path: str | None = getattr(scope.get("route"), "path", None)
+    """Return what a router has written into the scope: Starlette's its route, others the path."""
+    route: Any = scope.get("route")
+    path: str | None = route if isinstance(route, str) else getattr(route, "path", None)
     return (scope.get("method", "WEBSOCKET"), path) if path else None
 
 

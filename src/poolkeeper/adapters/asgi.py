@@ -155,7 +155,8 @@ class LifespanMiddleware:
             await _respond(scope, send, answer)
         else:
             await self._started()
-            await self._app(self._with_state(scope), receive, send)
+            scope = self._with_state(scope)  # errors read here which route the inside has found
+            await self._app(scope, receive, send)
 
     # --- lifespan -------------------------------------------------------------------------------
 
