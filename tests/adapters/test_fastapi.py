@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import inspect
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -228,6 +229,25 @@ async def test_a_request_that_is_refused_what_it_holds_itself_is_named_by_its_ro
         said = (await http.get("/orders/1")).json()
     asker = f"GET /orders/{{number}}, {HERE}:{order.__code__.co_firstlineno + 2} in order"
     assert f" at {asker}" in said
+
+
+async def test_a_refusal_before_the_endpoint_is_called_says_at_its_end_who_asked(
+    db: PoolManager[Any],
+) -> None:
+    """The traceback has no line of the program's."""
+    app = FastAPI(lifespan=lifespan(db))
+
+    @app.get("/orders/{number}")
+    async def order(number: int, conn: DepConnection) -> int:
+        return await one(conn)
+
+    async with LifespanManager(app) as served, db.connection():
+        transport = httpx.ASGITransport(served.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://probe") as http:
+            with pytest.raises(AcquireTimeout) as caught:
+                await http.get("/orders/1")
+    last = traceback.format_exception(caught.value)[-1]
+    assert last == f"CONTEXT:  Asked for by GET /orders/{{number}}, {line_of(order)} in order.\n"
 
 
 # --- the test client ----------------------------------------------------------------------------

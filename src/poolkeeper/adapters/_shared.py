@@ -31,6 +31,7 @@ from poolkeeper import (
 from poolkeeper._log import log as log
 from poolkeeper._where import Behalf, Handler
 from poolkeeper._where import Route as Route
+from poolkeeper._where import asker as asker
 from poolkeeper._where import call_site as call_site
 from poolkeeper._where import code_behind as code_behind
 from poolkeeper._where import program_frame as program_frame
@@ -242,14 +243,18 @@ class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):
     ) -> None:
         self._held: list[RequestConnection] = store.setdefault(_HELD, [])
         self._manager = manager
-        asker: Any = caller
+        self._asks_for: Behalf | None = None
+        """Which function of the program, where no traceback can show it: it is not called yet."""
+        whose: Any = caller
         if route is not None:
             # Words are made of it when somebody reads them.
             frame = caller if isinstance(caller, FrameType) else sys._getframe(1)
             code = code_behind(caller) if frame is not caller else None
             lineno = frame.f_lineno if code is None else None
-            asker = Behalf(Handler(code or frame.f_code, *route), frame, lineno)
-        self._checkout = manager.connection(caller=asker)
+            whose = Behalf(Handler(code or frame.f_code, *route), frame, lineno)
+            if code is not None:
+                self._asks_for = whose
+        self._checkout = manager.connection(caller=whose)
         self._conn: AsyncConnection[Any]
         self._task: asyncio.Task[Any] | None = None
 
@@ -262,6 +267,8 @@ class RequestConnection(AbstractAsyncContextManager[AsyncConnection[Any]]):
         try:
             self._conn = await self._checkout.__aenter__()
         except PoolkeeperError as ex:
+            if (asks := self._asks_for) is not None:
+                ex.add_note(f"CONTEXT:  Asked for by {asker(asks.f_code, asks.f_lineno)}.")
             raise ex.with_traceback(None)  # noqa: B904 - see briefly()
         self._task = task
         self._held.append(self)
