@@ -86,7 +86,7 @@ class StandIn:
         """Return a connection; None where the pool's own are meant."""
         raise NotImplementedError
 
-    def release(self, conn: Any, roll_back: bool) -> asyncio.Future[None] | None:
+    def release(self, conn: Any, roll_back: bool, tells: bool) -> asyncio.Future[None] | None:
         """Take one of its own back, as `release()` does; return what the caller is to wait for."""
         raise NotImplementedError
 

@@ -77,7 +77,7 @@ def release(
             raise conn.given_back_twice()
         owner = _compat.owner(conn)
         if isinstance(owner, StandIn) and owner.pool is pool:
-            return owner.release(conn, roll_back)
+            return owner.release(conn, roll_back, tells)
         raise _not_from_here(pool, conn)
     # The connection's own binding: the pool may have been opened anew meanwhile.
     binding: LoopBinding = conn._binding

@@ -17,6 +17,8 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
+from psycopg import IsolationLevel
+
 from poolkeeper import BoundPool, PoolManager
 from poolkeeper.errors import briefly, see
 
@@ -90,10 +92,10 @@ class Boxes(StandIn):
             return None
         return await self._of_caller().acquire(timeout, frame, lineno)
 
-    def release(self, conn: Any, roll_back: bool) -> asyncio.Future[None] | None:  # noqa: ARG002
+    def release(self, conn: Any, roll_back: bool, tells: bool) -> asyncio.Future[None] | None:
         """Take a connection of one of the sandboxes back."""
         hold: Hold = conn._hold
-        return hold.turns.release(conn)
+        return hold.turns.release(conn, roll_back, tells)
 
     def _of_caller(self) -> Turns:
         mine = [box for box in _owners.get() if box.is_of(self._life)]
@@ -125,12 +127,17 @@ class Sandbox:
     _turns: Turns
 
     def __init__(
-        self, manager: PoolManager[Any] | BoundPool[Any], shared: bool, timeout: float | None
+        self,
+        manager: PoolManager[Any] | BoundPool[Any],
+        shared: bool,
+        timeout: float | None,
+        isolation: IsolationLevel | None,
     ) -> None:
         self.shared: bool = shared
         self._manager = manager
         self._pool: BoundPool[Any] = manager.pool if isinstance(manager, PoolManager) else manager
         self._timeout = timeout
+        self._isolation = isolation
         self._entered = False
         self._ended = False
 
@@ -175,8 +182,7 @@ class Sandbox:
         with outside():
             self._base = await Base.acquire(life, self._boxes, self._timeout)
         try:
-            await self._base.conn.set_autocommit(True)
-            await self._base.conn.execute("BEGIN")
+            await self._base.begin(self._isolation)
             timeout = self._pool.timeout if self._timeout is None else self._timeout
             self._turns = Turns(self._base, self._pool.name, timeout)
             self._base.let_talk(self._turns.exchange)
@@ -269,6 +275,7 @@ def sandbox(
     *,
     shared: bool = False,
     timeout: float | None = None,
+    isolation: IsolationLevel | None = None,
 ) -> Sandbox:
     """
     Return a context manager for a test: all that it does with the pool is rolled back at its end.
@@ -286,6 +293,8 @@ def sandbox(
             loop; for one test at a time.
         timeout: Seconds to wait for a connection of the pool, and then for a turn; the pool's
             own `timeout` if None.
+        isolation: Level of the transaction of the test; None for that of the pool's connections, as
+            its `configure` or the server has it. What a borrower sets has no effect on it.
 
     Raises:
         OpenError, AcquireTimeout: On entering, as `PoolManager.open()` and `connection()`.
@@ -294,7 +303,7 @@ def sandbox(
 
     .. versionadded:: 0.1.0
     """
-    return Sandbox(manager, shared, timeout)
+    return Sandbox(manager, shared, timeout, isolation)
 
 
 __all__ = ["Sandbox", "outside", "sandbox"]

@@ -20,6 +20,12 @@ NO_PIPELINE = pq.PipelineStatus.OFF
 
 _FINE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
 
+_XIDS = (
+    # One for each transaction and savepoint that has written; it goes with the savepoint.
+    b"SELECT count(*) FROM pg_catalog.pg_locks"
+    b" WHERE locktype = 'transactionid' AND pid = pg_catalog.pg_backend_pid() AND granted"
+)
+
 _CHECKS = [
     # What is deferred to the end of a transaction is looked at here, and put back as it was.
     b"SAVEPOINT poolkeeper_check",
@@ -40,7 +46,10 @@ class Savepoints:
         """Set one for a transaction of *conn*; return its name."""
         name = b"poolkeeper_%d" % next(self._numbers)
         commands = [b"SAVEPOINT " + name]
-        if conn.read_only:
+        reads = conn.read_only
+        if reads is None:
+            reads = conn.pgconn.parameter_status(b"default_transaction_read_only") == b"on"
+        if reads:
             commands.append(b"SET TRANSACTION READ ONLY")
         yield from run(conn, commands)
         self._open.append(name)
@@ -71,6 +80,15 @@ class Savepoints:
         yield from run(conn, [b"ROLLBACK TO " + name, b"RELEASE " + name])
         self._forget(name)
 
+    def roll_back_and_tell(self, conn: Any, name: bytes) -> PQGen[bool]:
+        """Do as `roll_back()`, outside of a pipeline; tell whether anything was written since."""
+        if name not in self._open:
+            return False
+        undo = b"ROLLBACK TO " + name
+        before, _, after, _ = yield from run(conn, [_XIDS, undo, _XIDS, b"RELEASE " + name])
+        self._forget(name)
+        return bool(before.get_value(0, 0) != after.get_value(0, 0))
+
     def is_open(self, name: bytes | None) -> bool:
         """Tell whether one is open, and neither it nor one around it has ended."""
         return name in self._open
@@ -79,19 +97,25 @@ class Savepoints:
         del self._open[self._open.index(name) :]
 
 
-def run(conn: Any, commands: list[bytes]) -> PQGen[None]:
-    """Run *commands* in one round trip, or as a part of the pipeline that *conn* is in."""
+def run(conn: Any, commands: list[bytes]) -> PQGen[list[Any]]:
+    """
+    Run *commands* in one round trip, or as a part of the pipeline that *conn* is in.
+
+    Returns:
+        Their results; none in a pipeline.
+    """
     if conn._pipeline is not None:
         for command in commands:
             yield from conn._exec_command(command)
         yield from settle(conn)
-        return
+        return []
     pgconn = conn.pgconn
     pgconn.send_query(b"; ".join(commands))
     results: list[Any] = yield from generators.execute(pgconn)
     for result in results:
         if result.status not in _FINE:
             raise psycopg.errors.error_from_result(result)
+    return results
 
 
 def settle(conn: Any) -> PQGen[None]:

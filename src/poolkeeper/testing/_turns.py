@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
+from enum import Enum
 from time import monotonic
 from typing import Any
 
@@ -27,7 +28,7 @@ from ._errors import A_DATABASE, OwnershipError, SandboxError, impossible
 from ._graph import waits_for
 from ._handles import Exchange, Sandboxed
 from ._savepoints import Savepoints
-from ._seam import Base, Checkout
+from ._seam import Base, SandboxCheckout
 
 LOOK = 0.05
 """Seconds between two looks of a waiter, whether it waits for itself."""
@@ -35,8 +36,10 @@ LOOK = 0.05
 STOP = 2.0
 """Seconds that a query has to end which is stopped, for its connection was given back."""
 
-ACTIVE = pq.TransactionStatus.ACTIVE
-NO_PIPELINE = pq.PipelineStatus.OFF
+FIRST_REST, LONGEST_REST = 0.01, 0.25
+"""Seconds until a connection that its check refuses is tried again, as the pool does."""
+
+INERROR = pq.TransactionStatus.INERROR
 
 
 class Hold:
@@ -48,9 +51,10 @@ class Hold:
         closed: True once the borrower has closed the connection.
         ends: True once it was given back, or dropped.
         in_block: True in a block of psycopg's, which in autocommit is a transaction as well.
+        settings: Those of the session when it began, if it lies within another one.
     """
 
-    def __init__(self, turns: Turns, checkout: Checkout) -> None:
+    def __init__(self, turns: Turns, checkout: SandboxCheckout) -> None:
         self.turns = turns
         self.checkout = checkout
         self.task: Any = checkout.task
@@ -59,6 +63,7 @@ class Hold:
         self.closed = False
         self.ends = False
         self.in_block = False
+        self.settings: Any = None
         self.conn: weakref.ref[Any]
 
     def begin(self, conn: Sandboxed) -> PQGen[None]:
@@ -75,17 +80,22 @@ class Hold:
         finally:
             self._look(name)
 
-    def roll_back(self, conn: Sandboxed) -> PQGen[None]:
-        """Undo it, if there is one."""
+    def roll_back(self, conn: Sandboxed, asks: bool = False) -> PQGen[bool]:
+        """Undo it, if there is one; if *asks*, tell whether anything was written in it."""
+        wrote = False
         if (name := self.savepoint) is None:
-            return
+            return wrote
         try:
-            yield from self.turns.savepoints.roll_back(conn, name)
+            if asks:
+                wrote = yield from self.turns.savepoints.roll_back_and_tell(conn, name)
+            else:
+                yield from self.turns.savepoints.roll_back(conn, name)
         finally:
             self._look(name)
         # As psycopg's own: what was prepared may be of what is undone.
         conn._prepared.clear()
         yield from conn._prepared.maintain_gen(conn)
+        return wrote
 
     def _look(self, name: bytes) -> None:
         if not self.turns.savepoints.is_open(name):
@@ -95,6 +105,15 @@ class Hold:
         """Note that its connection was dropped without being given back; in any thread."""
         with suppress(RuntimeError):  # the loop is closed
             self.turns.loop.call_soon_threadsafe(self.turns.take_back_dropped, self)
+
+
+class Ending(Enum):
+    """What becomes of what is open when a connection is given back."""
+
+    COMMIT = "committed"
+    QUIET = "rolled back: its block has raised"
+    TELL = "rolled back, which is told if anything was written"
+    LEFT = "rolled back, which is told"
 
 
 class Turns:
@@ -125,33 +144,72 @@ class Turns:
 
     async def acquire(self, timeout: float | None, frame: Any, lineno: int) -> Any:
         """Return a connection for the running task."""
-        task: Any = asyncio.current_task()
-        if not self._lies_within(task) and (self.holds or self._line):
-            await self._wait(task, self._timeout if timeout is None else timeout)
+        began = monotonic()
+        timeout = self._timeout if timeout is None else timeout
+        rest = FIRST_REST
+        while True:
+            task: Any = asyncio.current_task()
+            queued = not self._lies_within(task) and bool(self.holds or self._line)
+            if queued:
+                await self._wait(task, began, timeout)
+            conn = self._next(task, frame, lineno)
+            refusal = await self._refusal(conn)
+            if refusal is None:
+                self.base.tell_begun(conn, frame, monotonic() - began, queued)
+                return conn
+            if monotonic() + rest - began > timeout:
+                raise self._refused(refusal) from refusal
+            await asyncio.sleep(rest)
+            rest = min(2 * rest, LONGEST_REST)
+
+    def _next(self, task: asyncio.Task[Any], frame: Any, lineno: int) -> Any:
+        """Return a connection for *task*, whose turn it is."""
         if self._over or self.left is not None:
             raise self.was_left(self.left) if self.left else over(self.name)
         checkout = self.base.checkout(task, frame, lineno)
         hold = Hold(self, checkout)
         conn = self.base.handle(checkout, hold)
         hold.conn = weakref.ref(conn)
+        if self.holds:
+            hold.settings = self.base.settings()
         self.holds.append(hold)
         return conn
 
+    async def _refusal(self, conn: Any) -> Exception | None:
+        """Let the pool's `check` look at *conn*; return why it refuses, and take it back then."""
+        if (check := self.base.check) is None:
+            return None
+        good = False
+        try:
+            await check(conn)
+            good = True
+        except Exception as ex:
+            self.base.tell_refused(ex)
+            return ex.with_traceback(None)
+        finally:
+            if not good and (ending := self.release(conn, True, False)) is not None:
+                await asyncio.shield(ending)
+        return None
+
     def _lies_within(self, task: asyncio.Task[Any]) -> bool:
-        if not self.holds:
+        """Tell whether *task* may go on within what is held now, which is not about to end."""
+        if not self.holds or self.holds[-1].ends:
             return False
         holder = self.holds[-1].task
         return holder is task or holder.done()
 
-    async def _wait(self, task: asyncio.Task[Any], timeout: float) -> None:
-        until = monotonic() + timeout
+    async def _wait(self, task: asyncio.Task[Any], began: float, timeout: float) -> None:
+        until = began + timeout
         place: asyncio.Future[None] = self.loop.create_future()
         self._line.append(place)
         try:
             while not self._over:
-                if self._line[0] is place and (not self.holds or self._lies_within(task)):
-                    return
                 holder = self.holds[-1] if self.holds else None
+                # Those before a task that holds itself wait for its end.
+                may_pass = holder is not None and holder.task is task
+                free = holder is None or self._lies_within(task)
+                if free and (may_pass or self._line[0] is place):
+                    return
                 if holder is not None and waits_for(holder.task, task):
                     raise self._would_wait_for_itself(task, holder)
                 left = until - monotonic()
@@ -171,19 +229,35 @@ class Turns:
 
     # --- release --------------------------------------------------------------------------------
 
-    def release(self, conn: Any) -> asyncio.Future[None] | None:
-        """Take *conn* back; return what ends when nothing of what it left open is there."""
+    def release(self, conn: Any, roll_back: bool, tells: bool) -> asyncio.Future[None] | None:
+        """
+        Take *conn* back; return what ends when nothing of what it left open is there.
+
+        Args:
+            conn: The connection.
+            roll_back: True if its block has ended with an exception.
+            tells: True if a roll-back of what was written is to be told.
+        """
         hold: Hold = conn._hold
-        lock, commits = conn.lock, conn._autocommit
-        busy, in_pipeline = conn.at_work, conn._pipeline is not None
+        lock, busy, pipeline = conn.lock, conn.at_work, conn._pipeline
+        ending = Ending.COMMIT  # of one statement, in autocommit
+        if conn.in_transaction:
+            ending = Ending.TELL if tells else Ending.QUIET if roll_back else Ending.LEFT
         hold.ends = True
+        if busy:
+            self.base.tell_busy(conn)
         fresh = self.base.successor(conn, hold)
-        if in_pipeline:
+        if pipeline is not None:
             self.base.part_from_pipeline(conn)
-        elif hold.savepoint is None and not lock.locked() and self.base.is_in_order():
+        elif hold.savepoint is None and not lock.locked() and self._is_in_order(hold):
             self._end(hold)
             return None
-        return self._start(self._put_back(hold, fresh, commits, lock, busy, in_pipeline))
+        return self._start(self._put_back(hold, fresh, ending, lock, busy, pipeline is not None))
+
+    def _is_in_order(self, hold: Hold) -> bool:
+        if hold.settings is not None:
+            return bool(hold.settings == self.base.settings())
+        return self.base.is_in_order()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(work)
@@ -195,7 +269,7 @@ class Turns:
         self,
         hold: Hold,
         fresh: Any,
-        commits: bool,
+        ending: Ending,
         lock: Any = None,
         busy: bool = False,
         in_pipeline: bool = False,
@@ -206,28 +280,57 @@ class Turns:
         Args:
             hold: The checkout.
             fresh: A handle to do it by.
-            commits: True if what is open is one statement, in autocommit.
+            ending: What becomes of what is open.
             lock: That of the connection; None if that was dropped.
             busy: True if a task is at work on it.
             in_pipeline: True if it is in a pipeline.
         """
         try:
             good = not busy or await self._stopped(fresh, lock)
-            if in_pipeline:
-                good = fresh.leave_pipeline() and good
+            if in_pipeline and not fresh.leave_pipeline():
+                self.base.tell("connection_in_pipeline")
+                good = False
             if not good:
                 self.base.finish()
             elif lock is not None and lock.locked():  # a stream was left open
                 await fresh.end_command()
                 self.exchange.end(lock)
-            async with fresh.lock:
-                ending = hold.commit if commits else hold.roll_back
-                await fresh.wait(ending(fresh))
-            await self.base.clean(fresh, hold.checkout)
+            await self._end_transaction(hold, fresh, ending)
+            await self._put_in_order(hold, fresh)
         except (psycopg.Error, SandboxError):
             await self._undo(hold, fresh)
         finally:
             self._end(hold)
+
+    async def _end_transaction(self, hold: Hold, fresh: Any, ending: Ending) -> None:
+        """Commit or roll back what is open, and tell of it as the pool does."""
+        checkout = hold.checkout
+        if ending is Ending.LEFT:
+            self.base.tell("transaction_left")
+        failed = bool(fresh.pgconn.transaction_status == INERROR)
+        if ending is Ending.TELL and failed and checkout.failed_later:
+            self.base.tell("transaction_failed", checkout)
+        async with fresh.lock:
+            if ending is Ending.COMMIT:
+                await fresh.wait(hold.commit(fresh))
+            elif await fresh.wait(hold.roll_back(fresh, ending is Ending.TELL and not failed)):
+                self.base.tell("work_rolled_back", checkout)
+
+    async def _put_in_order(self, hold: Hold, fresh: Any) -> None:
+        """Put settings back, and let the user's `reset` do its work, as the pool does."""
+        if self._is_in_order(hold) or fresh.closed:
+            return
+        try:
+            async with fresh.lock:
+                await fresh.wait(hold.begin(fresh))
+            await self.base.put_settings_back(fresh, hold.checkout, hold.settings)
+            async with fresh.lock:
+                await fresh.wait(hold.commit(fresh))
+            if hold.settings is None:
+                await self.base.reset(fresh)
+        except Exception as ex:
+            self.base.tell_out_of_order(ex)
+            await self._undo(hold, fresh)
 
     async def _undo(self, hold: Hold, fresh: Any) -> None:
         """Roll back what could not be committed."""
@@ -250,13 +353,14 @@ class Turns:
             self.holds.remove(hold)
         self.base.end(hold.checkout, self.holds[-1].conn if self.holds else None)
         self._pass_on()
+        self.base.tell_end(hold.checkout)
 
     def take_back_dropped(self, hold: Hold) -> None:
         """Take back what somebody has dropped."""
         if hold in self.holds and not hold.ends and not self._over:
             hold.ends = True
             self.dropped.append(hold)
-            self._start(self._put_back(hold, self.base.new(hold), False))
+            self._start(self._put_back(hold, self.base.new(hold), Ending.QUIET))
 
     async def end(self) -> list[Hold]:
         """Admit nobody any more, and take all connections back; return who had one."""
@@ -267,7 +371,11 @@ class Turns:
         left = [*self.dropped, *(hold for hold in self.holds if not hold.ends)]
         for hold in reversed(self.holds.copy()):
             conn = hold.conn()
-            if conn is not None and not hold.ends and (ending := self.release(conn)) is not None:
+            if (
+                conn is not None
+                and not hold.ends
+                and (ending := self.release(conn, True, False)) is not None
+            ):
                 await ending
         if self._tasks:
             await asyncio.wait(self._tasks.copy())
@@ -306,6 +414,15 @@ class Turns:
             detail=f"A test has one connection. It is held {holder.where}, by a task that waits for"
             " this one: by gather(), a task group or the like inside of its block.",
             hint="End the block before the tasks are started, give them its connection, or"
+            f" {A_DATABASE}. {see('sandbox')}",
+        )
+
+    def _refused(self, refusal: Exception) -> AcquireTimeout:
+        return AcquireTimeout(
+            f'could not acquire a connection in the sandbox of pool "{self.name}": its check'
+            " callback refuses it",
+            detail=f"A test has one connection. It was refused by {type(refusal).__qualname__}.",
+            hint="Let the check accept a connection that is inside of a transaction, or"
             f" {A_DATABASE}. {see('sandbox')}",
         )
 
