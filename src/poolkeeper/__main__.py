@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     Run one command and return its exit status.
 
-    0: done, as promised. 1: it ran, and something was not as promised. 2: it could not run.
+    0: done, as promised. 1: it ran, and something was not as promised, or nobody reads to its end.
+    2: it could not run.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a server's messages may be in any language
     chosen = _parser().parse_args(arguments)
     try:
-        return int(chosen.run(chosen))
+        status = int(chosen.run(chosen))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has seen enough. What Python still wants to flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except PoolkeeperError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

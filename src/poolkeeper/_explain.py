@@ -12,7 +12,6 @@ by what a section is found:
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TextIO
 
 from .errors import DOCS, PoolkeeperError
 
@@ -269,29 +267,17 @@ def explain(words: Iterable[str]) -> int:
     if asked == "-":
         asked = sys.stdin.buffer.read().decode("utf-8", "replace")
         if not asked.strip():
-            _print("Standard input was empty.", sys.stderr)
+            print("Standard input was empty.", file=sys.stderr)
             return 2
     if not asked.strip():
-        _print(
-            f"{contents()}\n\nMore of one: poolkeeper explain NAME, or a message as it came.",
-            sys.stdout,
-        )
+        print(f"{contents()}\n\nMore of one: poolkeeper explain NAME, or a message as it came.")
         return 0
     columns = max(40, min(100, shutil.get_terminal_size().columns))
     if found := find(asked):
-        _print("\n\n\n".join(shown(section, columns) for section in found), sys.stdout)
+        print("\n\n\n".join(shown(section, columns) for section in found))
         return 0
     (first, *_) = asked.strip().splitlines()
     like = f" Did you mean {' or '.join(names)}?" if (names := close_to(first)) else ""
     what = textwrap.shorten(first, 60, placeholder=" …")
-    _print(f'There is nothing on "{what}".{like}\n\n{contents()}', sys.stderr)
+    print(f'There is nothing on "{what}".{like}\n\n{contents()}', file=sys.stderr)
     return 2
-
-
-def _print(text: str, out: TextIO) -> None:
-    """Whatever the encoding; who reads it through a pipe may stop in the middle."""
-    encoding = out.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), file=out, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or Python complains at its end

@@ -62,7 +62,10 @@ def test_if_none_will_do_the_status_says_so(line: str, capsys: pytest.CaptureFix
         ("--rate 0 --hold 1", "rate cannot be 0"),
         ("--rate 1 --hold 1 --processes 4", "--cores is missing"),
         ("nowhere.jsonl", "cannot read"),
-        ("nowhere.jsonl --rate 1", "not both"),
+        ("nowhere.jsonl --rate 1", "not both: --rate"),
+        ("--rate 1 --hold 1 --plot no/where.svg", "cannot write 'no/where.svg'"),
+        ("--rate 1 --hold 1 --cores 4 --pooler 8", "--cores, --pooler is of a fleet"),
+        ("--rate 1 --hold 1 --processes 4 --cores 4 --plot x.svg", "--plot is of one process"),
     ],
 )
 def test_what_cannot_be_read_is_told(
@@ -78,3 +81,13 @@ def test_sizes_are_numbers(sizes: str, capsys: pytest.CaptureFixture[str]) -> No
         main(["advise", "--rate", "1", "--hold", "1", "--sizes", sizes])
     assert caught.value.code == 2
     assert "whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--size", "--processes", "--cores=4 --pooler", "--max-connections"]
+)
+def test_how_many_is_a_number(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["advise", "--rate", "1", "--hold", "1", *option.split(), "0"])
+    assert caught.value.code == 2
+    assert "'0' is no whole number, 1 or more" in capsys.readouterr().err

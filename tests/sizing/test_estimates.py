@@ -185,7 +185,12 @@ def test_too_little_to_tell_from_is_told(uses: tuple[Use, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("target", {"target": -1}), ("sizes", {"sizes": [0]}), ("sizes", {"sizes": [4, -1]})],
+    [
+        ("target", {"target": -1}),
+        ("sizes", {"sizes": [0]}),
+        ("sizes", {"sizes": [4, -1]}),
+        ("current", {"current": 0}),
+    ],
 )
 def test_a_question_that_cannot_be_is_refused(name: str, arguments: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"^{name} cannot be"):

@@ -245,14 +245,17 @@ def test_it_can_be_read_in_any_encoding() -> None:
     assert "the event loop stood still for ? s" in out
 
 
-def test_who_reads_it_may_stop_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "command", [["explain", "fork"], ["doctor", "host=nobody.invalid"], ["top", "--once"]]
+)
+def test_who_reads_it_may_stop_in_the_middle(command: list[str]) -> None:
     program = (
         "import os, sys; from poolkeeper.__main__ import main\n"
         "reads, writes = os.pipe(); os.close(reads); os.dup2(writes, 1)\n"
-        "sys.exit(main(['explain', 'fork']))"
+        f"sys.exit(main({command!r}))"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_an_installation_without_its_pages_says_so(

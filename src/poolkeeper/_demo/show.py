@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import platform
 import secrets
 import signal
@@ -15,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psycopg
 import psycopg_pool
@@ -62,18 +61,11 @@ def show(dsn: str | None, markdown: Path | None) -> int:
     begin = time.monotonic()
     for name in ("poolkeeper", "psycopg.pool"):  # the error tells it all
         logging.getLogger(name).addHandler(logging.NullHandler())
-    stdout: TextIO = sys.stdout
-    if reconfigure := getattr(stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # a server's messages may be in any language
-    narrator = Narrator(stdout)
+    narrator = Narrator(sys.stdout)
     try:
         with ExitStack() as cleanup:
             cleanup.enter_context(_ended_by_signals())
             return _show(narrator, dsn, markdown, begin, cleanup)
-    except BrokenPipeError:
-        # The reader has seen enough. What Python still wants to flush goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        return 1
     except CannotShow as error:
         print(error, file=sys.stderr)
         return 2

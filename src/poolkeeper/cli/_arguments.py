@@ -21,3 +21,10 @@ def seconds(least: float, most: float) -> Callable[[str], float]:
         return number
 
     return read
+
+
+def number(text: str) -> int:
+    """Read a whole number, 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 1 or more")
+    return int(text)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from poolkeeper.errors import ConfigError
 
+from ._arguments import number
+
 if TYPE_CHECKING:
     from poolkeeper.sizing import Advice, Workload
 
@@ -28,36 +30,51 @@ def add_parser(commands: Any) -> None:
     work.add_argument(
         "recording", nargs="?", type=Path, metavar="FILE", help="what Recording.save() has written"
     )
-    work.add_argument("--rate", type=float, help="acquires per second, if nothing was recorded")
-    work.add_argument("--hold", type=float, help="seconds that one is held, on average")
+    work.add_argument(
+        "--rate",
+        type=float,
+        metavar="NUMBER",
+        help="acquires per second, if nothing was recorded",
+    )
+    work.add_argument("--hold", type=float, metavar="SECONDS", help="that one is held, on average")
     work.add_argument(
         "--variation",
         type=float,
-        default=1.0,
+        metavar="NUMBER",
         help="standard deviation of the holds, in means (default: 1)",
     )
     work.add_argument(
         "--query",
         type=float,
-        help="seconds of --hold in which the server works (default: all of it)",
+        metavar="SECONDS",
+        help="of --hold in which the server works (default: all of it)",
     )
     pool = parser.add_argument_group("the pool")
-    pool.add_argument("--size", type=int, help="max_size as it is")
-    pool.add_argument("--sizes", type=_sizes, help="those to look at: 4,8,16")
+    pool.add_argument("--size", type=number, metavar="NUMBER", help="max_size as it is")
+    pool.add_argument("--sizes", type=_sizes, metavar="NUMBER,…", help="those to look at: 4,8,16")
     pool.add_argument(
         "--target",
         type=float,
         default=0.010,
-        help="seconds that one acquire in a hundred may wait (default: 0.01)",
+        metavar="SECONDS",
+        help="that one acquire in a hundred may wait (default: 0.01)",
     )
     fleet = parser.add_argument_group("a fleet")
-    fleet.add_argument("--processes", type=int, help="how many have a pool like this")
-    fleet.add_argument("--cores", type=float, help="of the server")
     fleet.add_argument(
-        "--max-connections", type=int, default=97, help="that it has for them (default: 97)"
+        "--processes", type=number, metavar="NUMBER", help="how many have a pool like this"
+    )
+    fleet.add_argument("--cores", type=float, metavar="NUMBER", help="of the server")
+    fleet.add_argument(
+        "--max-connections",
+        type=number,
+        metavar="NUMBER",
+        help="that it has for them (default: 97)",
     )
     fleet.add_argument(
-        "--pooler", type=int, help="connections of a pooler to the server (default: 4 a core)"
+        "--pooler",
+        type=number,
+        metavar="NUMBER",
+        help="connections of a pooler to the server (default: 4 a core)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it, too")
@@ -74,22 +91,15 @@ def _sizes(text: str) -> list[int]:
 def _run(chosen: argparse.Namespace) -> int:
     from poolkeeper.sizing import Recording, Workload, advise
 
+    _require_sense(chosen)
     if chosen.recording is not None:
-        if chosen.rate is not None or chosen.hold is not None:
-            raise ConfigError("give a recording, or --rate and --hold, not both")
         recording = Recording.load(chosen.recording)
         workload, name = recording.workload(), recording.name
         current, gave_up = chosen.size or recording.size, recording.gave_up
-    elif chosen.rate is not None and chosen.hold is not None:
-        workload = Workload.of(
-            chosen.rate, chosen.hold, variation=chosen.variation, query=chosen.query
-        )
-        name, current, gave_up = "", chosen.size, 0
     else:
-        raise ConfigError(
-            "there is nothing to advise on",
-            hint="Give the file of a recording, or --rate and --hold: poolkeeper advise --help",
-        )
+        variation = 1.0 if chosen.variation is None else chosen.variation
+        workload = Workload.of(chosen.rate, chosen.hold, variation=variation, query=chosen.query)
+        name, current, gave_up = "", chosen.size, 0
     if chosen.processes is not None:
         return _fleet(chosen, workload)
     advice = advise(
@@ -106,18 +116,44 @@ def _run(chosen: argparse.Namespace) -> int:
     return int(advice.size is None)
 
 
+def _require_sense(chosen: argparse.Namespace) -> None:
+    """Refuse what would be left out without a word."""
+    numbers = _given(chosen, "rate", "hold", "variation", "query")
+    if chosen.recording is not None and numbers:
+        raise ConfigError(f"give a recording, or --rate and --hold, not both: {numbers}")
+    if chosen.recording is None and (chosen.rate is None or chosen.hold is None):
+        raise ConfigError(
+            "there is nothing to advise on",
+            hint="Give the file of a recording, or --rate and --hold: poolkeeper advise --help",
+        )
+    if chosen.processes is None:
+        if of_fleet := _given(chosen, "cores", "max_connections", "pooler"):
+            raise ConfigError(f"{of_fleet} is of a fleet: --processes is missing")
+        return
+    if of_one := _given(chosen, "size", "plot"):
+        raise ConfigError(f"{of_one} is of one process, and --processes of a fleet")
+    if chosen.cores is None:
+        raise ConfigError("--cores is missing", hint="How many does the server have?")
+
+
+def _given(chosen: argparse.Namespace, *names: str) -> str:
+    given = (name for name in names if getattr(chosen, name) is not None)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
 def _write(path: Path, advice: Advice) -> None:
     from poolkeeper.sizing import plot
 
-    path.write_text(plot(advice), encoding="utf-8")
+    try:
+        path.write_text(plot(advice), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(path)!r}", detail=str(error.strerror)) from error
 
 
 def _fleet(chosen: argparse.Namespace, workload: Workload) -> int:
     from poolkeeper.sizing import Fleet, Server
 
-    if chosen.cores is None:
-        raise ConfigError("--cores is missing", hint="How many does the server have?")
-    server = Server(chosen.cores, chosen.max_connections)
+    server = Server(chosen.cores, chosen.max_connections or 97)
     pooler = chosen.pooler or max(1, round(4 * chosen.cores))
     fleet = Fleet.of(
         workload,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ._arguments import seconds
+from ._arguments import number, seconds
 
 
 def add_parser(commands: Any) -> None:
@@ -19,9 +19,10 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
         help="look at what stands between this machine and a query, step by step",
-        description="Follows a connection from the connection string to a query: DNS, TCP, TLS,"
-        " login, server, pooler, budget, round trip, prepared statements, clock, keepalives. It"
-        " changes nothing, and shows no password. Exit status 1 if something is wrong.",
+        description="Follows a connection from the connection string to a query: event loop, DNS,"
+        " TCP, TLS, login, version, primary or standby, pooler, budget, round trip, prepared"
+        " statements, clock, keepalives. It changes nothing, and shows no password. Exit status 1"
+        " if something is wrong.",
     )
     parser.add_argument(
         "dsn",
@@ -32,21 +33,26 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--timeout", type=seconds(0.1, 600), default=5.0, help="seconds for each step (default: 5)"
+        "--timeout",
+        type=seconds(0.1, 600),
+        default=5.0,
+        metavar="SECONDS",
+        help="for each step (default: 5)",
     )
     parser.add_argument(
-        "--max-size", type=_number, default=4, help="max_size of the pool, for the budget"
+        "--max-size",
+        type=number,
+        default=4,
+        metavar="NUMBER",
+        help="max_size of the pool, for the budget (default: 4)",
     )
     parser.add_argument(
-        "--processes", type=_number, help="processes that open such a pool, for the budget"
+        "--processes",
+        type=number,
+        metavar="NUMBER",
+        help="processes that open such a pool, for the budget (default: WEB_CONCURRENCY, or 1)",
     )
     parser.set_defaults(run=_run)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, 1 or more")
-    return int(text)
 
 
 @dataclass(frozen=True)

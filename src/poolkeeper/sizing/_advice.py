@@ -144,6 +144,7 @@ def advise(
     require(target >= 0, "target", target, "seconds, 0 or more")
     for size in sizes or ():
         require(size >= 1, "sizes", size, "whole numbers, 1 or more")
+    require(current is None or current >= 1, "current", current, "a whole number, 1 or more")
     rows: dict[int, SizeRow] = {}
 
     def look_at(size: int) -> SizeRow:
