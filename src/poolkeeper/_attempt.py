@@ -254,7 +254,8 @@ _REASONS: tuple[tuple[str, str, bool, str], ...] = (
     ),
     (
         "server does not support SSL|certificate verify failed|requires a valid client certificate"
-        "|server certificate for|does not match host name",
+        "|server certificate for|does not match host name|root certificate file|private key file"
+        "|host name must be specified",
         NO_TLS,
         True,
         "Check sslmode and the certificates on both sides.",
@@ -265,6 +266,13 @@ _REASONS: tuple[tuple[str, str, bool, str], ...] = (
         SETTINGS,
         True,
         "Check options and settings in conninfo, kwargs and PGOPTIONS.",
+    ),
+    (
+        # what libpq does not even begin with
+        r"definition of service .* not found|invalid \w+ value|weak sslmode",
+        NO_CONNECTION,
+        True,
+        "Check conninfo, and what PGSERVICE and the like say.",
     ),
     ("unsupported frontend protocol", NO_CONNECTION, True, NO_ADVICE),
     (

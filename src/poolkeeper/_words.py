@@ -184,7 +184,14 @@ _WHERE = (
     r"(?: \([0-9a-fA-F.:]*\))?(?:, port \d+)? failed: "
 )
 _AFTER_COLON = rf'FATAL .*|server supports [\d. to]+|"{re.escape(HIDDEN)}"'
-_FURTHER = ("DETAIL:", "HINT:", "\tIs the server", "\tThis probably", "\tbefore or while")
+_FURTHER = (
+    "DETAIL:",
+    "HINT:",
+    "\tIs the server",
+    "\tThis probably",
+    "\tbefore or while",
+    "Either provide",
+)
 
 
 def _hide_quoted(text: str, names: Collection[str]) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import re
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psycopg
@@ -18,11 +21,13 @@ import pytest
 
 from poolkeeper.__main__ import main
 from poolkeeper._embedded import EmbeddedServer, free_port
-from poolkeeper.cli import _examination
+from poolkeeper.cli import _way
+from tests.support.certificates import Authority
 from tests.support.pooler import MODES, PGBOUNCER, pgbouncer, pgbouncer_version
-from tests.support.server import PASSWORD
+from tests.support.server import PASSWORD, admin
 
 Doctor = Callable[..., dict[str, Any]]
+Secure = Callable[..., str]
 
 STEPS = [
     "event loop", "connection string", "DNS", "TCP", "TLS", "login", "version",
@@ -34,7 +39,7 @@ STEPS = [
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
     """A function that runs the command; gives each step by its name, and "status"."""
-    for name in ("DATABASE_URL", "PGPASSWORD", "WEB_CONCURRENCY"):
+    for name in ("DATABASE_URL", "PGHOST", "PGPASSWORD", "PGSERVICE", "WEB_CONCURRENCY"):
         monkeypatch.delenv(name, raising=False)
 
     def doctor(*arguments: str) -> dict[str, Any]:
@@ -63,7 +68,9 @@ def test_where_all_is_well_each_step_has_a_tick_and_what_was_done_its_time(
     assert wrong(found) == []
     assert found["status"] == 0
     without_time = {name for name in STEPS if found[name]["seconds"] is None}
-    assert without_time == {"event loop", "connection string", "budget"}
+    assert without_time == {"event loop", "connection string", "DNS", "budget"}
+    assert found["DNS"]["said"] == "127.0.0.1 is an address, and no name"
+    assert found["login"]["said"].startswith("user postgres has a session in database ")
     assert found["version"]["said"].startswith("PostgreSQL ")
     assert found["primary or standby"]["said"] == "a primary, which takes writes"
     assert found["pooler"]["said"].startswith("none")
@@ -82,6 +89,37 @@ def test_a_unix_socket_needs_no_network(doctor: Doctor, scram_server: EmbeddedSe
     assert "a Unix socket" in found["socket"]["said"]
     assert not {"DNS", "TCP", "TLS"} & set(found)
     assert wrong(found) == ["login"]
+    assert "nobody_there" in found["login"]["said"]
+
+
+@pytest.mark.parametrize("host", ["host=/no/such/directory ", ""])
+def test_a_unix_socket_that_is_not_there_is_told_at_once(doctor: Doctor, host: str) -> None:
+    """Also where nobody has given a host, which may not be meant."""
+    found = doctor(f"{host}port=1")
+    assert wrong(found) == ["socket"]
+    assert "no such file or directory" in found["socket"]["said"]
+    assert ("DATABASE_URL" in found["socket"]["advice"]) is not bool(host)
+
+
+def test_a_service_is_resolved(
+    doctor: Doctor, dsn: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As libpq does it: before the environment, after what is given."""
+    params = psycopg.conninfo.conninfo_to_dict(dsn) | {"password": PASSWORD}
+    lines = (f"{name}={value}" for name, value in params.items())
+    (tmp_path / "services").write_text("\n".join(["[shop]", *lines]))
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGDATABASE", "nope")
+    found = doctor("service=shop")
+    assert found["status"] == 0
+    assert (
+        f"service=shop host={params['host']} port={params['port']}"
+        in (found["connection string"]["said"])
+    )
+    assert "PGSERVICE" not in os.environ
+    lost = doctor("service=stop")
+    assert wrong(lost) == ["connection string"]
+    assert lost["connection string"]["said"] == 'definition of service "***" not found'
 
 
 # --- real faults -------------------------------------------------------------------------------
@@ -122,6 +160,26 @@ def test_a_string_that_cannot_be_read_is_told_without_it(doctor: Doctor) -> None
     found = doctor("host=x pasword=wrong-pw")
     assert wrong(found) == ["connection string"]
     assert list(found) == ["event loop", "connection string", "status"]
+
+
+def test_a_value_that_libpq_does_not_know_is_told_before_anything_is_tried(doctor: Doctor) -> None:
+    found = doctor("host=nobody.invalid sslmode=wrong-pw")
+    assert wrong(found) == ["connection string"]
+    assert found["connection string"]["said"] == 'invalid sslmode value: "***"'
+
+
+async def test_an_address_that_refuses_is_not_wrong_where_another_one_is_taken(dsn: str) -> None:
+    """As of localhost, where the server listens on 127.0.0.1 only."""
+    params = psycopg.conninfo.conninfo_to_dict(dsn)
+    server = _way.Server("localhost", "localhost", str(params["port"]))
+    tried = await _way._tcp(server, ["127.0.0.2", str(params["host"])], 20)
+    (refused, none), (opened, streams) = tried
+    assert (refused.ok, refused.advice) == (None, "Another address of this host is taken instead.")
+    assert none is None
+    assert opened.ok is True
+    assert streams is not None
+    streams[1].close()
+    await streams[1].wait_closed()
 
 
 def test_of_several_hosts_each_is_looked_at(doctor: Doctor, dsn: str) -> None:
@@ -193,7 +251,7 @@ def answering(answer: bytes | None) -> Iterator[int]:
         (None, ["TLS"], "takes connections and says nothing"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", ["TLS"], "does not answer as PostgreSQL does"),
         (b"", ["TLS"], "does not answer as PostgreSQL does"),
-        (b"S", ["login"], ""),  # and then speaks no TLS
+        (b"S", ["login"], "SSL"),  # and then speaks no TLS
     ],
 )
 def test_what_is_no_postgresql_is_told(
@@ -204,7 +262,7 @@ def test_what_is_no_postgresql_is_told(
     assert wrong(found) == where
     assert said in found[where[0]]["said"]
     if where == ["login"]:
-        assert "offers TLS" in found["TLS"]["said"]
+        assert "no TLS could be agreed on: the connection was closed" in found["TLS"]["said"]
 
 
 @pytest.fixture(scope="module")
@@ -248,38 +306,121 @@ def test_more_connections_than_there_are_is_wrong(
     assert found["budget"]["advice"].startswith("Set max_size to 3 or less")
 
 
-@pytest.mark.parametrize(("ahead", "said"), [(100.0, "behind"), (-100.0, "ahead")])
+@pytest.mark.parametrize(("ahead", "said"), [(-100, "behind"), (100, "ahead")])
 def test_a_clock_that_is_wrong_is_told(
-    doctor: Doctor, dsn: str, monkeypatch: pytest.MonkeyPatch, ahead: float, said: str
+    doctor: Doctor, database: str, ahead: int, said: str
 ) -> None:
-    here = _examination._now
-    monkeypatch.setattr(_examination, "_now", lambda: here() + ahead)
-    found = doctor(dsn)
+    """The server's, as this database has it."""
+    admin(
+        database,
+        "create function public.clock_timestamp() returns timestamptz language sql as"
+        f" $$ select pg_catalog.clock_timestamp() + make_interval(secs => {ahead}) $$",
+    )
+    options = "-csearch_path=public,pg_catalog"
+    found = doctor(psycopg.conninfo.make_conninfo(database, options=options))
     assert wrong(found) == ["clock"]
-    assert found["clock"]["said"].endswith(said)
+    assert re.search(rf" 1?\d\d\.\d s {said}$", found["clock"]["said"])
     assert "NTP" in found["clock"]["advice"]
 
 
 @pytest.mark.parametrize(
-    ("host", "params", "ok", "said"),
+    ("params", "ok", "said", "advice"),
     [
-        ("/tmp", {}, True, "not needed"),
-        ("127.0.0.1", {}, True, "not needed"),
-        ("db.example", {"keepalives": "0"}, False, "off"),
-        ("db.example", {"keepalives_idle": "30"}, True, "after 30 s"),
-        ("db.example", {"keepalives_idle": "7000"}, True, "after 7000 s"),
+        ({"keepalives": "0"}, False, "off", "Take keepalives=0 out"),
+        ({"keepalives_idle": "30"}, True, "after 30 s", ""),
+        ({"keepalives_idle": "7000"}, True, "after 7000 s", "keepalives_idle=30"),
     ],
 )
-async def test_keepalives_count_on_the_way_to_another_machine(
-    host: str, params: dict[str, str], ok: bool, said: str
+def test_keepalives_are_those_of_the_socket(
+    doctor: Doctor, dsn: str, params: dict[str, str], ok: bool, said: str, advice: str
 ) -> None:
-    conn = SimpleNamespace(info=SimpleNamespace(host=host))
-    found = await _examination._keepalives(conn, None, params)
-    assert (found.ok, found.said.startswith(said)) == (ok, True)
-    assert ("keepalives_idle=30" in found.advice) is (said == "after 7000 s")
+    """They count on the way to another machine."""
+    assert doctor(psycopg.conninfo.make_conninfo(dsn, **params))["status"] == 0
+    where = psycopg.conninfo.conninfo_to_dict(dsn)["host"]
+    far = {"host": "db.example", "hostaddr": where}
+    step = doctor(psycopg.conninfo.make_conninfo(dsn, **far, **params))["keepalives"]
+    assert (step["ok"], step["said"].partition(" without")[0]) == (ok, said)
+    assert advice in step["advice"]
+    assert bool(step["advice"]) is bool(advice)
 
 
 if PGBOUNCER is not None:
+
+    @pytest.fixture(scope="module")
+    def secure(server_dsn: str) -> Iterator[Secure]:
+        """Servers that take TLS: the certificate of one has expired, of another nearly so."""
+        user = "nobody" if os.geteuid() == 0 else None  # PgBouncer's
+        with ExitStack() as stack:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="poolkeeper-")))
+            directory.chmod(0o755)
+            ours, theirs = Authority(directory), Authority(directory, "another")
+            found: dict[str, str] = {}
+            for name, days in (("good", 400), ("old", -1), ("ending", 3)):
+                cert, key = ours.certify("db.example", days, user)
+                settings = {"client_tls_cert_file": cert, "client_tls_key_file": key}
+                found[name] = stack.enter_context(
+                    pgbouncer(server_dsn, "session", client_tls_sslmode="allow", **settings)
+                )
+
+            def dsn(name: str, authority: str = "ours", **params: str) -> str:
+                trusted = theirs if authority == "theirs" else ours
+                where = {"host": "db.example", "hostaddr": "127.0.0.1", "sslmode": "verify-full"}
+                params = where | {"sslrootcert": str(trusted.path)} | params
+                return psycopg.conninfo.make_conninfo(found[name], **params)
+
+            yield dsn
+
+    def test_tls_that_works_is_told_with_the_end_of_the_certificate(
+        doctor: Doctor, secure: Secure
+    ) -> None:
+        found = doctor(secure("good"))
+        assert found["status"] == 0
+        assert (
+            "offers TLS 1.3, sslmode=verify-full; its certificate is good until 2"
+            in (found["TLS"]["said"])
+        )
+        assert found["TLS"]["advice"] == ""
+        assert found["version"]["said"].endswith(", by TLS")
+        ending = doctor(secure("ending"))
+        assert ending["status"] == 0
+        assert ending["TLS"]["advice"] == "That is in 2 days: have it renewed."
+
+    @pytest.mark.parametrize(
+        ("name", "params", "said", "advice"),
+        [
+            ("old", {}, "certificate has expired", "Have it renewed"),
+            ("good", {"host": "db.other"}, "certificate is not for db.other", "hostaddr="),
+            ("good", {"host": ""}, "needs the name of the host", "Give host="),
+            ("good", {"authority": "theirs"}, "is not signed by", "sslrootcert=FILE"),
+            ("good", {"authority": "theirs", "sslmode": "require"}, "is not signed by", "FILE"),
+            ("good", {"sslrootcert": "system"}, "the authorities of this system", "sslrootcert"),
+            ("good", {"sslrootcert": "/no/file"}, "there is no /no/file", "sslrootcert=system"),
+            ("good", {"sslrootcert": __file__}, "cannot be read", "in PEM"),
+        ],
+    )
+    def test_a_certificate_that_is_not_trusted_is_told_with_the_reason(
+        doctor: Doctor, secure: Secure, name: str, params: dict[str, str], said: str, advice: str
+    ) -> None:
+        """And at the login, in libpq's words."""
+        found = doctor(secure(name, **params))
+        assert wrong(found) == ["TLS", "login"]
+        assert said in found["TLS"]["said"]
+        assert advice in found["TLS"]["advice"]
+
+    def test_where_tls_is_not_wanted_nothing_is_wrong_without_it(
+        doctor: Doctor, secure: Secure
+    ) -> None:
+        found = doctor(secure("good", "theirs", sslmode="prefer"))
+        assert found["status"] == 0
+        assert found["TLS"]["advice"].startswith("sslmode=prefer goes on without TLS.")
+        assert not found["version"]["said"].endswith(", by TLS")
+        unread = doctor(secure("good", sslmode="require", sslrootcert="/no/file"))
+        assert unread["status"] == 0
+        assert unread["TLS"]["said"].endswith("sslmode=require: its certificate was not looked at")
+        assert "verify-full" in unread["TLS"]["advice"]
+        never = doctor(secure("good", sslmode="disable"))
+        assert never["status"] == 0
+        assert never["TLS"]["said"].endswith("offers TLS, sslmode=disable")
 
     @pytest.mark.parametrize("mode", MODES)
     def test_a_pooler_is_told_with_its_mode(doctor: Doctor, server_dsn: str, mode: str) -> None:
@@ -346,18 +487,19 @@ def test_an_option_that_cannot_work_is_refused(
     with pytest.raises(SystemExit) as caught:
         main(["doctor", option])
     assert caught.value.code == 2
-    assert "is no number" in capsys.readouterr().err
+    assert "number" in capsys.readouterr().err
 
 
-def test_it_says_which_loop_psycopg_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_which_loop_psycopg_cannot_use(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on all the same: on one that psycopg can use."""
+
     class ProactorEventLoop(asyncio.SelectorEventLoop):
-        """Windows has one of that name."""
+        """asyncio.run() makes one of that name on Windows."""
 
-    with asyncio.Runner(loop_factory=ProactorEventLoop) as runner:
-
-        async def look() -> Any:
-            return _examination._loop()
-
-        step = runner.run(look())
-    assert step.ok is False
-    assert "SelectorEventLoop" in step.advice
+    monkeypatch.setattr(asyncio, "new_event_loop", ProactorEventLoop)
+    found = doctor("host=nobody.invalid")
+    assert found["event loop"]["ok"] is None
+    assert "SelectorEventLoop" in found["event loop"]["advice"]
+    assert wrong(found) == ["DNS"]

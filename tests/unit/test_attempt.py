@@ -28,6 +28,7 @@ LISTENS = "Check that the server runs and listens at this host and port."
 SILENT = "Check host and port, and what stands between."
 PROGRAM = "Correct the program: it cannot pass."
 SETTINGS = "Check options and settings in conninfo, kwargs and PGOPTIONS."
+GIVEN = "Check conninfo, and what PGSERVICE and the like say."
 NONE = "The cause above is the server's or the driver's own."
 
 STRANGERS = [
@@ -82,6 +83,17 @@ FOR_EVER = [
     ("server does not support SSL, but SSL was required", TLS),
     ("SSL error: certificate verify failed", TLS),
     ('server certificate for "db" does not match host name "db.example"', TLS),
+    (
+        'root certificate file "/root/.postgresql/root.crt" does not exist\n'
+        "Either provide the file, use the system's trusted roots with sslrootcert=system, or change"
+        " sslmode to disable server certificate verification.",
+        TLS,
+    ),
+    ('private key file "app.key" has group or world access', TLS),
+    ("host name must be specified for a verified SSL connection", TLS),
+    ('definition of service "shop" not found', GIVEN),
+    ('invalid sslmode value: "on"', GIVEN),
+    ('weak sslmode "prefer" may not be used with sslrootcert=system (use "verify-full")', GIVEN),
     # PgBouncer, which puts the server's own words after its own
     ("FATAL:  no such user", ROLE),
     ("FATAL:  no such user: app", ROLE),

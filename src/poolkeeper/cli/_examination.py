@@ -10,27 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
-import ssl
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from poolkeeper import ConfigError, ConnectionBudgetWarning, OpenError, PoolManager
+from poolkeeper import ConfigError, ConnectionBudgetWarning, OpenError, PoolManager, events
 
+from ._way import is_here, servers, since, way_to
 from .doctor import Step
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
 OLDEST = 13
 """The oldest PostgreSQL that psycopg 3.3 is made for, and that is not out of service for long."""
 MOST_SKEW = 1.0
@@ -76,11 +76,16 @@ async def examine(
     except ConfigError as error:
         yield Step("connection string", False, _first(error), error.hint or "")
         return
-    params = _resolved(db.pool.conninfo if isinstance(db.pool.conninfo, str) else "")
+    conninfo = db.pool.conninfo if isinstance(db.pool.conninfo, str) else ""
+    if refusal := _refusal(conninfo):
+        advice = "Check the connection string, and what PGSERVICE and the like say."
+        yield Step("connection string", False, refusal, advice)
+        return
+    params = _resolved(conninfo)
     yield Step("connection string", True, _shown(params))
     reached = False
-    for host, port in _servers(params):
-        async for step, reaches in _way_to(host, port, params, timeout):
+    for server in servers(params):
+        async for step, reaches in way_to(server, params, timeout):
             reached = reached or reaches
             yield step
     if not reached:
@@ -95,16 +100,17 @@ def _first(error: Exception) -> str:
 
 
 def _loop() -> Step:
-    """The loop policy, and whether psycopg can use what it makes."""
-    loop = asyncio.get_running_loop()
+    """What asyncio.run() makes here, and whether psycopg can use that."""
+    loop = asyncio.new_event_loop()
+    loop.close()
     kind = f"{type(loop).__module__.partition('.')[0]}, {type(loop).__name__}"
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     psycopgs = f"psycopg {psycopg.__version__} ({pq.__impl__}, libpq {pq.version() // 10000})"
     fast = "; uvloop is installed" if find_spec("uvloop") else ""
     said = f"{kind}; {python}, {psycopgs}{fast}"
-    if "Proactor" in kind:
+    if "Proactor" in kind:  # of Windows; the program may know, and make another one
         return Step(
-            "event loop", False, said,
+            "event loop", None, said,
             "psycopg cannot use it: asyncio.run(main(), loop_factory=asyncio.SelectorEventLoop).",
         )  # fmt: skip
     return Step("event loop", True, said)
@@ -113,134 +119,63 @@ def _loop() -> Step:
 # --- the connection string ------------------------------------------------------------------------
 
 
+_NOWHERE = "/nowhere"
+
+
+def _refusal(conninfo: str) -> str:
+    """Return what libpq has against it before it goes anywhere: a service, a value; or ""."""
+    conn = pq.PGconn.connect_start(
+        make_conninfo(conninfo, host=_NOWHERE, hostaddr="", port="").encode()
+    )
+    said = conn.get_error_message().strip()
+    conn.finish()
+    return "" if _NOWHERE in said else re.sub(r'"[^"]*"', '"***"', said)
+
+
 def _resolved(conninfo: str) -> dict[str, str]:
-    """Return what libpq makes of it: with the environment and libpq's own defaults."""
-    params: dict[str, str] = {}
-    for option in pq.Conninfo.get_defaults():
-        if option.val:
-            params[option.keyword.decode()] = option.val.decode(errors="replace")
+    """Return what libpq makes of it: with services, the environment, libpq's own defaults."""
     given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
-    return params | given
+    params = _defaults(given.get("service")) | given
+    if params.get("sslrootcert") == "system" and "sslmode" not in given:
+        params["sslmode"] = os.environ.get("PGSSLMODE", "verify-full")
+    return params
+
+
+def _defaults(service: str | None) -> dict[str, str]:
+    before = os.environ.get("PGSERVICE")
+    if service is not None:
+        os.environ["PGSERVICE"] = service  # libpq looks for a service here, or where it connects
+    try:
+        defaults = pq.Conninfo.get_defaults()
+    finally:
+        if service is not None:
+            del os.environ["PGSERVICE"]
+        if before is not None:
+            os.environ["PGSERVICE"] = before
+    return {
+        option.keyword.decode(): option.val.decode(errors="replace")
+        for option in defaults
+        if option.val
+    }
 
 
 def _shown(params: dict[str, str]) -> str:
-    names = ("service", "host", "hostaddr", "port", "dbname", "user", "sslmode", "options",
-             "connect_timeout", "target_session_attrs", "application_name")  # fmt: skip
+    names = ("service", "host", "hostaddr", "port", "dbname", "user", "sslmode", "sslrootcert",
+             "options", "connect_timeout", "target_session_attrs", "application_name")  # fmt: skip
     if "options" in params:
         params = params | {"options": "***"}  # whatever was set there
     parts = [f"{name}={params[name]}" for name in names if params.get(name, "any") != "any"]
     if not params.get("host") and not params.get("hostaddr"):
         parts.insert(0, "host=(a Unix socket)")
+    return f"{' '.join(parts)}; password: {_password(params)}"
+
+
+def _password(params: dict[str, str]) -> str:
+    """Return where it comes from, as far as that is known before the login."""
     if params.get("password"):
-        said = "from PGPASSWORD" if params["password"] == os.environ.get("PGPASSWORD") else "given"
-    else:
-        said = f"none but those of {params.get('passfile') or '~/.pgpass'}"
-    return f"{' '.join(parts)}; password: {said}"
-
-
-def _servers(params: dict[str, str]) -> Iterator[tuple[str, str]]:
-    hosts = (params.get("hostaddr") or params.get("host") or "").split(",")
-    ports = (params.get("port") or "5432").split(",")
-    for number, host in enumerate(hosts):
-        yield host.strip(), (ports[number] if len(ports) > number else ports[0]) or "5432"
-
-
-# --- the way to a server --------------------------------------------------------------------------
-
-
-async def _way_to(
-    host: str, port: str, params: dict[str, str], timeout: float
-) -> AsyncIterator[tuple[Step, bool]]:
-    """Go to one server, as far as it goes; with each step, whether it can be talked to."""
-    if not host or host.startswith(("/", "@")):
-        path = Path(host or "/var/run/postgresql") / f".s.PGSQL.{port}"
-        yield Step("socket", True, f"a Unix socket, {path}: no DNS, no TCP and no TLS"), True
-        return
-    where = f"{host}:{port}"
-    began = time.perf_counter()
-    try:
-        async with asyncio.timeout(timeout):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                host, int(port), type=socket.SOCK_STREAM
-            )
-    except (OSError, UnicodeError, TimeoutError) as error:
-        said = f"{host} cannot be resolved: {_why(error, timeout)}"
-        advice = "Check the host in the connection string, and that this machine can resolve it."
-        yield Step("DNS", False, said, advice, time.perf_counter() - began), False
-        return
-    addresses = list(dict.fromkeys(str(address[4][0]) for address in found))
-    yield Step("DNS", True, f"{host} is {', '.join(addresses)}", "", _since(began)), False
-    for address in addresses:
-        began = time.perf_counter()
-        try:
-            async with asyncio.timeout(timeout):
-                streams = await asyncio.open_connection(address, int(port))
-        except (OSError, TimeoutError) as error:
-            step = Step(
-                "TCP", False, f"{address}, port {port}: {_why(error, timeout)}",
-                _advice_for_tcp(error), _since(began),
-            )  # fmt: skip
-            yield step, False
-            continue
-        yield Step("TCP", True, f"{address}, port {port} is open", "", _since(began)), False
-        try:
-            step = await _tls(where, streams, params, timeout)
-        finally:
-            streams[1].close()
-            with suppress(OSError, ssl.SSLError):
-                await streams[1].wait_closed()
-        yield step, step.seconds is not None
-
-
-def _why(error: BaseException, timeout: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:g} s"
-    code = getattr(error, "errno", None)
-    # Not its strerror: of asyncio's own that has the address once more.
-    known = os.strerror(code) if isinstance(code, int) and code > 0 else ""
-    return (known or getattr(error, "strerror", None) or str(error)).lower()
-
-
-def _advice_for_tcp(error: BaseException) -> str:
-    if isinstance(error, ConnectionRefusedError):
-        return "Nobody listens there: check the port, that the server runs, and listen_addresses."
-    if isinstance(error, TimeoutError):
-        return "Packets are dropped on the way: look for a firewall, a security group, a VPN."
-    return "Check host and port, and what stands between."
-
-
-_SSL_REQUEST = b"\0\0\0\x08\x04\xd2\x16\x2f"
-
-
-async def _tls(where: str, streams: Any, params: dict[str, str], timeout: float) -> Step:
-    """Ask whether the server takes TLS, as libpq does; it answers with one letter."""
-    reader, writer = streams
-    began = time.perf_counter()
-    try:
-        async with asyncio.timeout(timeout):
-            writer.write(_SSL_REQUEST)
-            answer = await reader.read(1)
-    except (OSError, TimeoutError) as error:
-        said = f"{where} takes connections and says nothing: {_why(error, timeout)}"
-        return Step("TLS", False, said, "Check that it is a PostgreSQL, and not stuck.")
-    mode, seconds = params.get("sslmode", "prefer"), _since(began)
-    if answer not in (b"S", b"N"):
-        said = f"{where} does not answer as PostgreSQL does"
-        return Step("TLS", False, said, "Check host and port: it is something else, or full.")
-    offers = "offers TLS" if answer == b"S" else "offers no TLS"
-    required = mode in ("require", "verify-ca", "verify-full")
-    said = f"{where} {offers}, sslmode={mode}"
-    if answer == b"N" and required:
-        return Step("TLS", False, said, "Turn ssl on at the server, or lower sslmode.", seconds)
-    far = not where.rpartition(":")[0].startswith(LOCAL)
-    advice = ""
-    if far and mode != "verify-full":
-        advice = "Only sslmode=verify-full, with sslrootcert, makes sure whom you talk to."
-    return Step("TLS", True, said, advice, seconds)
-
-
-def _since(began: float) -> float:
-    return time.perf_counter() - began
+        return "from PGPASSWORD" if params["password"] == os.environ.get("PGPASSWORD") else "given"
+    file = Path(params.get("passfile") or Path.home() / ".pgpass")
+    return f"that of {file}, if it has one" if file.exists() else "none"
 
 
 # --- what is found inside -------------------------------------------------------------------------
@@ -251,21 +186,28 @@ async def _inside(
 ) -> AsyncIterator[Step]:
     """Log in, and look at what is there."""
     began = time.perf_counter()
+    made: list[float] = []
+    db.subscribe(lambda event: made.append(event.seconds), events.Connected)
     with _quiet() as warned:
         try:
             await db.open()
         except OpenError as error:
-            said = _first(error).removeprefix('cannot open pool "doctor": ')
-            said = said.removeprefix('could not open pool "doctor" within ')
-            yield Step("login", False, said, error.hint or "", _since(began))
+            _, _, said = _first(error).partition(": ")  # before it: which pool, within how long
+            yield Step("login", False, said, error.hint or "", since(began))
             return
-        seconds = db.pool.get_stats()["connections_ms"] / 1000
-        yield Step("login", True, "a session was opened", "", seconds)
         async with db:
+            yield Step("login", True, await _logged_in(db), "", made[0])
             for name, look in LOOKS.items():
                 yield await _looked(name, look, db, params, timeout)
                 if look is _pooler:
                     yield _budget(db, warned)
+
+
+async def _logged_in(db: PoolManager[Any]) -> str:
+    async with db.connection() as conn:
+        info = conn.info
+        where = info.host if info.host.startswith(("/", "@")) else f"{info.host}:{info.port}"
+        return f"user {info.user} has a session in database {info.dbname}, {where}"
 
 
 @contextmanager
@@ -289,7 +231,7 @@ async def _looked(
         async with asyncio.timeout(timeout), _session(db) as conn:
             began = time.perf_counter()
             found: Found = await look(conn, db, params)
-            seconds = _since(began)
+            seconds = since(began)
     except TimeoutError:
         return Step(name, False, f"no answer within {timeout:g} s", "The server is stuck, or slow.")
     except psycopg.Error as error:
@@ -385,7 +327,7 @@ async def _round_trip(conn: Any, _db: Any, _params: Any) -> Found:
     for _ in range(ROUND_TRIPS):
         began = time.perf_counter()
         await conn.execute("select 1")
-        times.append(_since(began))
+        times.append(since(began))
     said = f"{min(times) * 1000:.2f} ms at least, of {ROUND_TRIPS} queries"
     median = statistics.median(times)
     advice = "Far away: each query of a request costs as much." if median > 0.02 else ""
@@ -404,30 +346,33 @@ async def _prepared(conn: Any, _db: Any, _params: Any) -> Found:
 
 async def _clock(conn: Any, _db: Any, _params: Any) -> Found:
     query = "select extract(epoch from clock_timestamp())::float8"
-    before, theirs, after = _now(), await _value(conn, query), _now()
-    skew = theirs - (before + after) / 2
-    said = f"the server's is {abs(skew):.3f} s {'ahead' if skew > 0 else 'behind'}"
-    if abs(skew) > MOST_SKEW + (after - before):
+    before, theirs, after = time.time(), await _value(conn, query), time.time()
+    skew, doubt = theirs - (before + after) / 2, (after - before) / 2
+    said = f"the server's is {_brief(abs(skew))} {'ahead' if skew > 0 else 'behind'}"
+    if abs(skew) > MOST_SKEW + doubt:
         return Found(False, said,
             "Let both follow NTP: timestamps, tokens and leases of the two do not agree.",
         )  # fmt: skip
-    return Found(True, f"{said}, as far as a round trip of {after - before:.3f} s tells")
+    return Found(True, f"{said}, give or take {_brief(doubt)}")
 
 
-def _now() -> float:
-    return time.time()
+def _brief(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-async def _keepalives(conn: Any, _db: Any, params: dict[str, str]) -> Found:
-    host = conn.info.host
-    if host.startswith(("/", "@")) or host in LOCAL:
+async def _keepalives(conn: Any, _db: Any, _params: Any) -> Found:
+    if is_here(conn.info.host):
         return Found(True, "not needed on this machine")
-    if params.get("keepalives") == "0":
-        return Found(False, "off", "Take keepalives=0 out of the connection string.")
-    idle = params.get("keepalives_idle") or "0"
-    seconds = int(idle) if idle.isdecimal() and int(idle) else _of_system()
-    said = f"after {seconds} s without a word"
-    if seconds > LONG_IDLE:
+    with _socket_of(conn) as sock:
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+            return Found(False, "off", "Take keepalives=0 out of the connection string.")
+        # macOS calls it otherwise, and elsewhere it may not be told.
+        option = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
+        if option is None:
+            return Found(True, "on")
+        idle = sock.getsockopt(socket.IPPROTO_TCP, option)
+    said = f"after {idle} s without a word"
+    if idle > LONG_IDLE:
         advice = (
             "A firewall may have forgotten it by then: keepalives_idle=30 keepalives_interval=10."
         )
@@ -435,10 +380,14 @@ async def _keepalives(conn: Any, _db: Any, params: dict[str, str]) -> Found:
     return Found(True, said)
 
 
-def _of_system() -> int:
-    with suppress(OSError, ValueError):
-        return int(Path("/proc/sys/net/ipv4/tcp_keepalive_time").read_text())
-    return 7200
+@contextmanager
+def _socket_of(conn: Any) -> Generator[socket.socket, None, None]:
+    """Look at the socket of a connection, which stays libpq's."""
+    sock = socket.socket(fileno=conn.pgconn.socket)
+    try:
+        yield sock
+    finally:
+        sock.detach()
 
 
 LOOKS = {

@@ -78,7 +78,9 @@ def _run(chosen: argparse.Namespace) -> int:
         show = _as_json
     elif sys.stdout.isatty():
         show = _in_terminal()
-    return asyncio.run(show(steps))
+    # psycopg cannot use the loop that asyncio.run() makes on Windows.
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        return int(runner.run(show(steps)))
 
 
 def _status(steps: list[Step]) -> int:
