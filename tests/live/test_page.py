@@ -13,7 +13,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, events
 from poolkeeper.live import _observer, _page, page
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -148,3 +148,24 @@ async def test_call_sites_are_bounded(
         assert watched.state()["sites"][0]["number"] <= 2
     assert len(sites) == 3
     assert sites[_observer.OTHER] == 2
+
+
+async def test_what_differs_in_its_seconds_only_is_one_error(make_manager: MakeManager) -> None:
+    async with make_manager(min_size=1, name="orders") as db:
+        watched = _observer.Observer(db)
+        for seconds in (0.1, 0.3):
+            watched._hear(events.Stalled(pool="orders", seconds=seconds, stalled_by=""))
+        for reason in ("no\nDETAIL: x", "never"):
+            watched._hear(
+                events.ConnectFailed(
+                    pool="orders", seconds=1, reason=reason, kind="", permanent=False,
+                    attempts_failed=1,
+                )
+            )  # fmt: skip
+        told = [[*error[1:]] for error in watched.state()["errors"]]
+        watched.stop()
+    assert told == [
+        [2, "the event loop stood still", "for 0.3 s"],
+        [1, "could not connect", "no"],
+        [1, "could not connect", "never"],
+    ]

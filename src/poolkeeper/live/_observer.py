@@ -72,7 +72,7 @@ class Observer:
         self.pool: BoundPool[Any] = pool.pool if isinstance(pool, PoolManager) else pool
         self._sites: dict[str, Site] = {}
         self._seconds: deque[Second] = deque(maxlen=SECONDS)
-        self._errors: dict[tuple[str, str], tuple[float, int]] = {}
+        self._errors: dict[tuple[str, str], tuple[float, int, str]] = {}
         self._in_use = self._waiting = 0
         self._unsubscribe = self.pool.subscribe(self._hear)
 
@@ -99,11 +99,13 @@ class Observer:
                 self._error("could not connect", event.reason)
             case events.OutageEnded():
                 seconds = f"after {event.outage_seconds:.0f} s"
-                self._error("connections can be made again", seconds)
+                self._error("connections can be made again", seconds, "")
             case events.Stalled():
-                self._error("the event loop stood still", f"for {event.seconds:.1f} s")
+                seconds = f"for {event.seconds:.1f} s"
+                self._error("the event loop stood still", seconds, event.stalled_by)
             case events.LeakSuspected():
-                self._error("suspected leak", f"{event.caller}, held {event.held_seconds:.0f} s")
+                held = f"{event.caller}, held {event.held_seconds:.0f} s"
+                self._error("suspected leak", held, str(event.caller))
             case events.LoopMismatch():
                 self._error("used on another event loop", event.used)
             case events.Opened() | events.Closed():
@@ -140,11 +142,19 @@ class Observer:
         if isinstance(event, events.TimedOut):
             self._error("no connection", f"{event.caller}: {event.summary}")
 
-    def _error(self, what: str, words: str) -> None:
-        """Keep it as the last one; of those that are alike, how many there were."""
-        key = what, words.splitlines()[0] if words else ""
-        _, number = self._errors.pop(key, (0.0, 0))
-        self._errors[key] = time.time(), number + 1
+    def _error(self, what: str, words: str, alike: str | None = None) -> None:
+        """
+        Keep it as the last one; of those that are *alike*, how many there were.
+
+        Args:
+            what: The kind of it.
+            words: More of it, of which the first line is told.
+            alike: By what it is told from others of its kind; by its words if None.
+        """
+        words = words.partition("\n")[0]
+        key = what, words if alike is None else alike
+        _, number, _ = self._errors.pop(key, (0.0, 0, ""))
+        self._errors[key] = time.time(), number + 1, words
         if len(self._errors) > ERRORS:
             self._errors.pop(next(iter(self._errors)), None)
 
@@ -185,7 +195,10 @@ class Observer:
                 asdict(site)
                 for site in sorted(self._sites.values(), key=lambda s: s.held, reverse=True)
             ],
-            "errors": [[*when, *what] for what, when in list(self._errors.items())],
+            "errors": [
+                [at, number, what, words]
+                for (what, _), (at, number, words) in list(self._errors.items())
+            ],
             "history": [
                 [
                     s.at, s.in_use, s.waiting, s.acquired, s.in_vain,
