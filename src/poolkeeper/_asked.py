@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from psycopg import pq
+from psycopg import AsyncCursor, pq
 from psycopg.rows import scalar_row, tuple_row
 
+from ._begin import lost, said
 from ._statements import Known
 from ._where import Code, asker
 
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
+FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 TUPLES_OK = pq.ExecStatus.TUPLES_OK
 
 MAKERS: dict[Any, Callable[[Sequence[Any]], Any]] = {tuple_row: tuple, scalar_row: itemgetter(0)}
@@ -90,14 +92,40 @@ def result_of(conn: Any, asked: Asked) -> Any:
         ):
             asked.transformer.set_pgresult(result)
             return result
-        # An error, or no columns, which is one to scalar_row.
+        for result in results:
+            if result.status == FATAL_ERROR:  # whatever has become of the connection
+                raise said(conn.pgconn, result) or lost()
+        # No columns, which is an error to scalar_row.
         factory: Any = tuple_row if asked.make_row is tuple else scalar_row
-        cursor = conn.cursor(row_factory=factory)
+        cursor = AsyncCursor(conn, row_factory=factory)
         cursor._tx = asked.transformer
     cursor._check_results(results)
     cursor._set_results(results)
     asked.transformer, asked.make_row = cursor._tx, cursor._make_row
     return results[0]
+
+
+_SENT = "The statement had been sent to the server: what it changes may be done all the same."
+_NOT_SENT = "The statement had not been sent to its end: it has changed nothing."
+
+
+def last_word(pgconn: Any, asked: Asked, error: BaseException, sent: bool) -> BaseException:
+    """
+    Return why *asked* has no answer: in the server's words, if it had any.
+
+    Args:
+        pgconn: The connection, which is gone.
+        asked: The statement that the server was at.
+        error: How that was noticed.
+        sent: True if all of it had been sent.
+    """
+    last = asked.results[-1] if asked.results else None
+    its = said(pgconn, last) if last is not None and last.status == FATAL_ERROR else None
+    if its is not None and its.diag.severity_nonlocalized == "ERROR":
+        return its  # of the statement, which so had an end
+    why = its or error
+    why.add_note(_SENT if sent else _NOT_SENT)
+    return why
 
 
 def rowcount(result: Any, _transformer: Any, _make_row: Any) -> int:

@@ -89,7 +89,7 @@ def with_begin(conn: Any, gen: Generator[Any, Any, T]) -> PQGen[T]:
     (begun,) = yield from generators.fetch_many(pgconn)
     if begun.status != COMMAND_OK:
         gen.close()
-        failure = _said(pgconn, begun) or _lost()
+        failure = said(pgconn, begun) or lost()
     elif running:
         try:
             # It may be there already. What there is is looked at first: the generator reads on
@@ -113,7 +113,7 @@ def with_begin(conn: Any, gen: Generator[Any, Any, T]) -> PQGen[T]:
                 break
             if rest[-1].status == FATAL_ERROR and pgconn.status != OK:
                 # Why the session has ended, of which the generator knows the end alone.
-                failure = _said(pgconn, rest[-1]) or failure or _lost()
+                failure = said(pgconn, rest[-1]) or failure or lost()
         pgconn.exit_pipeline_mode()
     except psycopg.Error as ex:  # the session is lost
         failure = failure or ex
@@ -122,14 +122,16 @@ def with_begin(conn: Any, gen: Generator[Any, Any, T]) -> PQGen[T]:
     return cast(T, value)
 
 
-def _said(pgconn: Any, result: Any) -> psycopg.Error | None:
+def said(pgconn: Any, result: Any) -> psycopg.Error | None:
     """Return the server's error; None if libpq has made it, for the session is lost."""
     if result.error_field(pq.DiagnosticField.SQLSTATE) is None:
         return None
-    return psycopg.errors.error_from_result(result, encoding=pgconn._encoding)
+    encoding = "utf-8" if pgconn.pgconn_ptr is None else pgconn._encoding
+    return psycopg.errors.error_from_result(result, encoding=encoding)
 
 
-def _lost() -> psycopg.OperationalError:
+def lost() -> psycopg.OperationalError:
+    """Return the error for a session that was lost without a word of the server's."""
     return psycopg.OperationalError("the connection is lost")
 
 

@@ -33,7 +33,8 @@ from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
 from typing_extensions import override
 
-from ._asked import MAKERS, Asked
+from ._asked import MAKERS, Asked, last_word
+from ._begin import lost
 from ._checkouts import Checkout
 from ._life import Life
 from ._line import Place
@@ -46,7 +47,6 @@ from ._wire import Wire
 TEXT = pq.Format.TEXT
 BAD = pq.ConnStatus.BAD
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
-FATAL = pq.ExecStatus.FATAL_ERROR
 TUPLES_OK = pq.ExecStatus.TUPLES_OK
 SYNC = pq.ExecStatus.PIPELINE_SYNC
 
@@ -61,9 +61,6 @@ LONG = 0.002
 
 LARGE = 8192
 """Bytes of parameters that are sent behind nobody."""
-
-
-_SENT = "The statement had been sent to the server: what it changes may be done all the same."
 
 
 class Room(Protocol):
@@ -254,9 +251,12 @@ class Lane(Place):
             self.conn._under_way = self
             self._watch()
         self.under_way.append(asked)
-        self.pgconn.pipeline_sync()
-        if self.pgconn.flush():
-            self._flush()
+        try:
+            self.pgconn.pipeline_sync()
+            if self.pgconn.flush():
+                self._flush()
+        except psycopg.Error:
+            pass  # to read tells why
 
     def _served(self, asked: Asked) -> None:
         """Let the ledger know for whom the server is at work."""
@@ -332,7 +332,7 @@ class Lane(Place):
             self._fail(ex)
             return
         if under_way and pgconn.status == BAD:
-            self._fail(psycopg.OperationalError("the connection is lost"))
+            self._fail(lost())
         elif len(under_way) < answered:
             self._went_on()
 
@@ -404,17 +404,17 @@ class Lane(Place):
                 self._wake(asked)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the one at the head that the connection is gone; the others are sent elsewhere."""
+        """Tell the one at the head why the connection is gone; the others are sent elsewhere."""
         self.closed = True
-        self._stop_writing()
-        error.add_note(_SENT)
         failed = list(self.under_way)
+        sent = self._writer < 0 or len(failed) > 1
+        self._stop_writing()
         self.under_way.clear()
         for index, asked in enumerate(failed):
             if index and self.shared:
                 asked.moved = True
-            elif not any(result.status == FATAL for result in asked.results):
-                asked.error = error
+            elif not asked.left:
+                asked.error = last_word(self.pgconn, asked, error, sent)
             self._wake(asked)
         if failed:
             self._idle()

@@ -36,6 +36,7 @@ from ._releasing import release
 from ._session import Session
 from ._shot import OneShot, by_cursor, query_timeout
 from ._statements import Texts, Way
+from ._status import BAD
 from ._stock import grow
 from .errors import PoolkeeperError
 
@@ -230,10 +231,15 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
                             return _fetched(shot, lane, asked)
                         shot.since = asked.since
                     else:
-                        shot.since, shot.shares = monotonic(), False
+                        shot.since, shot.shares = shot.since or monotonic(), False
                 except psycopg.errors.ReadOnlySqlTransaction:
                     lane.session.doubt()
                     raise
+                except psycopg.OperationalError:
+                    if asked.since or lane.pgconn.status != BAD:
+                        raise
+                    lane.closed = True  # nothing was sent, and nothing will be
+                    shot.since = shot.since or monotonic()
                 except asyncio.CancelledError:
                     await lane.cancelled(asked)
                     raise
