@@ -43,18 +43,18 @@ class Counters:
 
     def _all(self) -> dict[str, float]:
         # Read only: another thread may ask while the loop counts, and would lose it a count.
-        return {
-            **self._others,
+        ours = {
             "requests_num": self.requests,
             "requests_queued": self.queued,
             "requests_wait_ms": self.wait_seconds * 1000,
             "usage_ms": self.usage_seconds * 1000,
         }
+        return {**self._others, **{key: number for key, number in ours.items() if number}}
 
     @staticmethod
     def _since(before: dict[str, float], now: dict[str, float]) -> dict[str, int]:
         return {
             key: int(number) - int(before.get(key, 0))
             for key, number in now.items()
-            if number > before.get(key, 0)
+            if key not in before or number > before[key]
         }

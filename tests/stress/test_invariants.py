@@ -313,6 +313,7 @@ class Simulator:
         assert counts["in_use"] == counts["waiting"] == 0
         assert counts["idle"] == life(self.pool).total >= self.pool.min_size
         # Every one of them can be had, and works; so can as many more as there may be.
+        await self.pool.check()  # a session that was killed may not have heard of it yet
         conns = [await self.pool.getconn(10) for _ in range(self.pool.max_size)]
         for conn in conns:
             await conn.execute("select 1")
