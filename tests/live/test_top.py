@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import pty
@@ -21,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from poolkeeper import AcquireTimeout, ConfigError, PoolManager
 from poolkeeper.__main__ import main
+from poolkeeper.cli._views import fitted
 from poolkeeper.live import expose
+from poolkeeper.live._merge import add_up
 from poolkeeper.live._socket import ask
 
 MakeManager = Callable[..., PoolManager[Any]]
@@ -81,7 +85,7 @@ async def test_it_shows_who_holds_who_waits_and_what_happened(
 
 
 async def fails(db: PoolManager) -> None:
-    async with db.connection():
+    async with db.connection(timeout=0.2):
         raise AssertionError("there was one")
 
 
@@ -177,7 +181,7 @@ PROGRAM = """
     async def main():
         async with db, db.connection() as conn:
             await conn.execute("select 1")
-            print("READY", flush=True)
+            os.write(1, b"READY\\n")  # in one piece: two processes write there
             await asyncio.sleep(60)
 
     try:
@@ -239,6 +243,32 @@ def test_in_a_terminal_it_is_drawn_until_it_is_interrupted(
         assert process.wait(30) == 130
     os.close(ours)
     assert b"shop" in shown
+
+
+@pytest.mark.parametrize(("lines", "rows"), [(60, {12}), (26, {*range(2, 12)}), (10, {1})])
+async def test_each_table_has_as_many_rows_as_there_is_room_for(
+    make_manager: MakeManager, directory: Path, lines: int, rows: set[int]
+) -> None:
+    """So that the last one, of errors, is there in a small terminal too."""
+    console = Console(width=100, height=lines, file=io.StringIO())
+    db = make_manager(min_size=1, max_size=1, name="orders")
+    with expose(db) as exposed:
+        async with db:
+            async with db.connection():
+                with pytest.raises(AcquireTimeout):
+                    await asyncio.create_task(fails(db))
+                waiters = [asyncio.create_task(waits(db)) for _ in range(12)]
+                while db.snapshot().waiting < len(waiters):
+                    await asyncio.sleep(0.01)
+                pools = add_up(await asyncio.to_thread(ask, exposed.path))
+            await asyncio.gather(*waiters)
+    view = fitted(console, pools, [])
+    assert len(console.render_lines(view)) <= lines or rows == {1}
+    console.print(view)
+    shown = console.file.getvalue()
+    for title in ("in use", "waiting", "call sites by hold time", "last errors"):
+        assert re.search(f"^ *{title} *$", shown, re.MULTILINE)
+    assert len(re.findall(r" 0  \S+ in waits *$", shown, re.MULTILINE)) in rows
 
 
 def until(terminal: int, *words: bytes) -> bytes:

@@ -138,36 +138,59 @@ def _aligned(table: Table) -> Iterator[str]:
         yield ("  " + "  ".join(cells)).rstrip()
 
 
-def drawn(pools: list[State], silent: list[str]) -> Any:
+def fitted(console: Any, pools: list[State], silent: list[str]) -> Any:
+    """Return it as rich shows it, with as many rows of each table as there is room for."""
+    view = None
+    for rows in range(ROWS, 0, -1):
+        view = drawn(pools, silent, rows)
+        if len(console.render_lines(view)) <= console.height:
+            break
+    return view
+
+
+def drawn(pools: list[State], silent: list[str], rows: int = ROWS) -> Any:
     """Return it as rich shows it."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table as Drawn
     from rich.text import Text
 
     parts: list[Any] = [Text(line, style="red") for line in _head(pools, silent)]
     for pool in pools:
         parts += [
+            *([Text()] if parts else []),
             Text(_title(pool), style="bold"),
             Text(_numbers(pool), style="bold red" if pool["waiting"] else ""),
             *(Text(line, style="red") for line in _warnings(pool)),
         ]
         for table in _tables(pool):
-            drawn = Drawn(
-                title=table.title,
-                title_justify="left",
-                title_style="bold dim",
-                box=box.SIMPLE_HEAD,
-                pad_edge=False,
-                expand=True,
-            )
-            for name in table.columns:
-                if name in table.numbers:
-                    drawn.add_column(name, justify="right", no_wrap=True)
-                else:
-                    drawn.add_column(name, overflow="ellipsis", no_wrap=name in ("when", "now"))
-            for row in table.rows:
-                drawn.add_row(*map(Text, row))
-            parts.append(drawn)
-        parts.append(Text())
+            parts += [Text(), _drawn(table, rows)]
     return Group(*parts)
+
+
+def _drawn(table: Table, rows: int) -> Any:
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    drawn = Drawn(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        expand=True,
+    )
+    for name in table.columns:
+        if name in table.numbers:
+            drawn.add_column(name, justify="right", no_wrap=True)
+        else:
+            widest = table.columns[-1] == name
+            drawn.add_column(
+                name,
+                overflow="ellipsis",
+                no_wrap=name in ("when", "now", "what"),
+                ratio=1 if widest else None,
+            )
+    for row in table.rows[:rows]:
+        drawn.add_row(*map(Text, row))
+    return drawn

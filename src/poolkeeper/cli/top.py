@@ -111,9 +111,9 @@ def _files(paths: list[Path]) -> Iterator[Path]:
 def _live(chosen: argparse.Namespace, paths: list[Path]) -> int:
     from rich.live import Live
 
-    from ._views import drawn
+    from ._views import fitted
 
     with Live(screen=True, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            live.update(drawn(*_look(paths, chosen.pool)), refresh=True)
+            live.update(fitted(live.console, *_look(paths, chosen.pool)), refresh=True)
             time.sleep(chosen.interval)
