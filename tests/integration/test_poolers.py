@@ -344,7 +344,7 @@ if PGBOUNCER is not None:
                 *(db.execute("reset default_transaction_read_only") for _ in range(4))
             )
 
-    @pytest.mark.parametrize("mode", ["session", "transaction"])
+    @pytest.mark.parametrize("mode", MODES)
     async def test_discard_all_is_run_where_a_session_is_the_clients_own(
         modes: dict[str, str], mode: str, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -356,7 +356,7 @@ if PGBOUNCER is not None:
             configured += 1
 
         async with PoolManager(
-            modes[mode], min_size=2, max_size=2, configure=configure, reset="discard"
+            modes[mode], min_size=2, max_size=2, configure=configure, reset="discard", **AUTOCOMMIT
         ) as db:
             async with db.connection() as conn:
                 await conn.execute("set statement_timeout = '7s'")
@@ -367,9 +367,9 @@ if PGBOUNCER is not None:
             if mode == "session":
                 values = [await db.fetchval("show statement_timeout") for _ in range(3)]
                 assert "7s" not in values
-        assert found(caplog)[0].endswith(", DISCARD ALL is not run") is (mode == "transaction")
+        assert found(caplog)[0].endswith(", DISCARD ALL is not run") is (mode in SHARES)
 
-    @pytest.mark.parametrize("mode", ["session", "transaction"])
+    @pytest.mark.parametrize("mode", MODES)
     async def test_what_belongs_to_a_session_is_the_clients_own_in_session_mode_only(
         modes: dict[str, str], mode: str
     ) -> None:
@@ -379,7 +379,7 @@ if PGBOUNCER is not None:
         async with db, db.connection() as one, db.connection() as other:
             mine = await (await one.execute(lock)).fetchone()
             theirs = await (await other.execute(lock)).fetchone()
-            assert (mine, theirs) == ((True,), (mode == "transaction",))
+            assert (mine, theirs) == ((True,), (mode in SHARES,))
             await one.execute("select pg_advisory_unlock_all()")
 
     async def test_notifications_arrive_in_session_mode(modes: dict[str, str]) -> None:
@@ -389,6 +389,21 @@ if PGBOUNCER is not None:
             await db.execute("notify news, 'hot'")
             assert [n.payload async for n in conn.notifies(timeout=20, stop_after=1)] == ["hot"]
             await conn.execute("unlisten news")
+
+    @pytest.mark.parametrize("mode", SHARES)
+    async def test_notifications_go_to_whoever_has_the_session_where_sessions_are_shared(
+        modes: dict[str, str], mode: str
+    ) -> None:
+        heard: list[str] = []
+        db = PoolManager(modes[mode], min_size=2, max_size=2, **AUTOCOMMIT)
+        async with db, db.connection() as one, db.connection() as other:
+            other.add_notify_handler(lambda notify: heard.append(notify.payload))
+            await one.execute("listen news")
+            async with asyncio.timeout(20):
+                while not heard:  # until it gets the session in which the other one has listened
+                    await other.execute("notify news, 'hot'")
+            assert [n.payload async for n in one.notifies(timeout=0.1)] == []
+            await asyncio.gather(*(one.execute("unlisten *"), other.execute("unlisten *")))
 
     async def test_one_that_has_no_session_free_does_not_hold_the_opening_up(
         server_dsn: str, caplog: pytest.LogCaptureFixture
