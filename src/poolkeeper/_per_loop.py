@@ -279,13 +279,15 @@ class PoolPerLoop(Generic[ACT_co]):
 
     def _nothing_free(self, share: Share, seconds: float) -> OpenError:
         with self._lock:
-            others = "; ".join(str(one) for one in self._shares.values() if one is not share)
+            others = [one for one in self._shares.values() if one is not share]
+        used = "; ".join(map(str, others)) or "sessions that were closed and have not ended"
+        close = "close those that do not run; " if any(one.is_left() for one in others) else ""
         return OpenError(
             f'pool "{share.manager.name}" could not be opened on this loop within {seconds:.2f} s:'
             f" the budget of {self._budget} connections is used up",
-            detail=f"Used by others: {others or 'sessions that were closed and have not ended'}.",
-            hint="A share is free when its loop ends: run no more loops at once than the budget"
-            f" has connections, or raise it. {see('budget')}",
+            detail=f"Used by others: {used}.",
+            hint=f"A share is free when its loop ends: {close}run no more loops at once than the"
+            f" budget has connections, or raise it. {see('budget')}",
         )
 
 
@@ -320,9 +322,10 @@ class Share:
 
     def __str__(self) -> str:
         number, _, kind = self._in_words.partition("/")
+        left = ", which does not run and was not closed" if self.is_left() else ""
         return (
             f'{self.taken} by loop {number} ({kind}, thread "{self._thread.name}"), run at'
-            f" {self.runner}"
+            f" {self.runner}, for {monotonic() - self.began:.1f} s{left}"
         )
 
     @property
@@ -339,6 +342,10 @@ class Share:
         if self.loop.is_closed():
             return True
         return not self.loop.is_running() and not self._thread.is_alive()
+
+    def is_left(self) -> bool:
+        """Tell whether the loop stands still, in a thread that may run it again, or never."""
+        return not self.loop.is_running() and not self.is_dead()
 
     def fit(self) -> None:
         """Let the pool, which is not open, have as many connections as are granted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
 import warnings
@@ -184,20 +185,57 @@ def test_what_is_given_back_is_for_those_who_have_less(make_pools: MakePools) ->
             future.result(30)
 
 
-def test_a_loop_that_gets_nothing_is_told_who_has_it(make_pools: MakePools) -> None:
-    pools = make_pools(1, max_size=1, open_timeout=0.3)
+def refused_beside(dsn: str, kept: Callable[[PoolPerLoop, Callable[[], None]], None]) -> str:
+    """Return what a loop is told that gets nothing, while *kept* lets another one have it all."""
+    patience = iter([30, 0.3])
+    told: list[str] = []
 
-    async def holder() -> None:
-        db = await pools.current()
-        async with db.connection():
-            with pytest.raises(OpenError) as refused:
-                await asyncio.to_thread(asyncio.run, use(pools))
-        text = str(refused.value)
-        assert "within 0.30 s: the budget of 1 connections is used up" in text
-        assert "Used by others: 1 by loop " in text
-        assert "run at tests/integration/test_per_loop.py:" in text
+    def make() -> PoolManager:
+        return PoolManager(dsn, min_size=1, max_size=1, name=NAME, open_timeout=next(patience))
 
-    asyncio.run(holder())
+    pools = PoolPerLoop(make, budget=1)
+
+    def refused() -> None:
+        with pytest.raises(OpenError) as error:
+            asyncio.run(use(pools))
+        told.append(str(error.value))
+
+    kept(pools, refused)
+    return told[0]
+
+
+def test_a_loop_that_gets_nothing_is_told_who_has_it_and_since_when(dsn: str) -> None:
+    def kept(pools: PoolPerLoop, refused: Callable[[], None]) -> None:
+        async def holder() -> None:
+            db = await pools.current()
+            async with db.connection():
+                await asyncio.to_thread(refused)
+
+        asyncio.run(holder())
+
+    text = refused_beside(dsn, kept)
+    assert "within 0.30 s: the budget of 1 connections is used up" in text
+    assert re.search(
+        r"Used by others: 1 by loop \d+ \(\w+, thread \"MainThread\"\), run at"
+        r" tests/integration/test_per_loop.py:\d+, for \d+\.\d s\.",
+        text,
+    )
+    assert "close those" not in text
+
+
+def test_a_loop_that_stands_still_and_was_not_closed_is_named(dsn: str) -> None:
+    """Its thread lives on, so it may run again: it keeps its share, and is told to be closed."""
+
+    def kept(pools: PoolPerLoop, refused: Callable[[], None]) -> None:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(use(pools))
+        refused()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+    text = refused_beside(dsn, kept)
+    assert re.search(r" s, which does not run and was not closed\.", text)
+    assert "close those that do not run" in text
 
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "only-left"])
