@@ -112,9 +112,13 @@ class Checkout:
             now: When it ended.
         """
         # Neither in the middle of a stream, nor lost: what was before is what counts then.
-        if status != self.left_in and status != ACTIVE and status != UNKNOWN:
-            self.failed_later = status == INERROR and self.left_in != IDLE
-            self.left_in = status
+        if status != self.left_in and status != UNKNOWN:
+            if status == ACTIVE:
+                if self.session is not None:
+                    self.session.streamed = True
+            else:
+                self.failed_later = status == INERROR and self.left_in != IDLE
+                self.left_in = status
         self.changed_at = now
         self.busy_seconds += seconds
         self.busy_since = 0.0

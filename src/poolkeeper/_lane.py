@@ -143,6 +143,10 @@ class Lane(Place):
         """True while what runs is being stopped; once that was begun."""
         self._writer = -1
         self.pgconn.enter_pipeline_mode()
+        if self.session.streamed:
+            # What a stream has set holds for the first command of a pipeline, too (libpq 18).
+            self.session.streamed = False
+            self._sync_for_nobody()
 
     # --- who may come -----------------------------------------------------------------------
 
@@ -237,9 +241,12 @@ class Lane(Place):
             else:
                 what = b"ALL" if name is None else name
                 self.pgconn.send_query_params(b"DEALLOCATE " + what, None)
-            asked = Asked(None, Lane.__init__.__code__, 0)
-            asked.left = True
-            self._sync(asked)
+            self._sync_for_nobody()
+
+    def _sync_for_nobody(self) -> None:
+        asked = Asked(None, Lane.__init__.__code__, 0)
+        asked.left = True
+        self._sync(asked)
 
     def _sync(self, asked: Asked) -> None:
         """End what was sent for *asked*, and see that its answer is read."""

@@ -94,6 +94,7 @@ class Session:
         backend_pid: Process number on the server.
         made_at: When it joined the pool.
         returned: The checkout that has ended last, until the session is put right.
+        streamed: True if libpq may have been told to give each row as a result of its own.
         unlocked: Done when the transaction of who gave it back last is over, if one was open.
         heard_at: When an exchange with the server ended last, or its socket was found quiet.
         wire: Its socket, as the event loop sees it.
@@ -120,6 +121,7 @@ class Session:
         "made_at",
         "pgconn",
         "returned",
+        "streamed",
         "unlocked",
         "wire",
     )
@@ -134,7 +136,7 @@ class Session:
         self.expires_at = inf
         self.checkout: Checkout | None = None
         self.returned: Checkout | None = None
-        self.in_pool = False
+        self.in_pool = self.streamed = False
         self.unlocked: asyncio.Future[None] | None = None
         self._handle = weakref.ref(conn)
 

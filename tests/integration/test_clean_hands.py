@@ -879,6 +879,28 @@ async def test_discard_on_a_pool_in_autocommit(make_manager: MakeManager) -> Non
         assert await cursor.fetchone() == ("0",)
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select n from generate_series(1, 3) as n",
+        "with one as (select pg_advisory_xact_lock_shared(7)) select n"
+        " from one, generate_series(1, 3) as n",
+    ],
+    ids=["that may share", "that has a connection of its own"],
+)
+async def test_a_stream_leaves_nothing_to_the_one_shots_that_come_after_it(
+    make_manager: MakeManager, query: str
+) -> None:
+    """To libpq rows come one by one until a command is sent by itself: in a pipeline as well."""
+    db = await opened(make_manager)
+    for _ in range(2):
+        async with db.connection() as conn:
+            await conn.set_autocommit(True)  # a COMMIT would be such a command
+            assert [row async for row in conn.cursor().stream("select 7")] == [(7,)]
+        answers = await asyncio.gather(*(db.fetchall(query) for _ in range(3)))
+        assert answers == [[(1,), (2,), (3,)]] * 3
+
+
 # --- what a check callback left -------------------------------------------------------------------
 
 
