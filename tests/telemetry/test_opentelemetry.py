@@ -117,6 +117,24 @@ async def test_the_metrics_are_those_of_the_conventions(
     assert waits.max >= 0.06
 
 
+async def test_what_happens_once_in_a_while_is_at_zero_when_the_pool_is_open(
+    make_manager: MakeManager,
+) -> None:
+    """Those who get the numbers may have come after it was instrumented; what they missed."""
+    recorded: list[tuple[str, float]] = []
+    db = make_manager(min_size=1)
+    db.subscribe(
+        _metrics.Recorder(db.name, 0, lambda metric, _: lambda n: recorded.append((metric.name, n)))
+    )
+    recorded.clear()
+    await db.open()
+    assert sorted(name for name, number in recorded if number == 0) == [
+        "poolkeeper.loop_mismatches",
+        "poolkeeper.suspected_leaks",
+        "poolkeeper.turned_away",
+    ]
+
+
 async def test_the_numbers_are_those_of_the_moment(
     make_manager: MakeManager, metrics: Metrics
 ) -> None:

@@ -22,6 +22,7 @@ from poolkeeper.events import (
     Event,
     LeakSuspected,
     LoopMismatch,
+    Opened,
     Released,
     TimedOut,
     TurnedAway,
@@ -215,8 +216,7 @@ class Recorder:
         self._wait, self._use, self._create = (
             bind(metric, self._pool) for metric in (WAIT_TIME, USE_TIME, CREATE_TIME)
         )
-        for metric in (TURNED_AWAY, SUSPECTED_LEAKS, LOOP_MISMATCHES):
-            self._count(metric, by=0)  # or the first of them would be no increase
+        self._begin()
 
     def __call__(self, event: Event) -> None:
         """Record what *event* says."""
@@ -241,8 +241,15 @@ class Recorder:
                 self._count(SUSPECTED_LEAKS)
             case LoopMismatch():
                 self._count(LOOP_MISMATCHES)
+            case Opened():
+                self._begin()  # once more: who gets the numbers may be there by now
             case _:
                 pass
+
+    def _begin(self) -> None:
+        """Have what happens once in a while at 0, or the first of them would be no increase."""
+        for metric in (TURNED_AWAY, SUSPECTED_LEAKS, LOOP_MISMATCHES):
+            self._count(metric, by=0)
 
     def _count(self, metric: Metric, value: str = "", by: int = 1) -> None:
         key = metric.name, value
