@@ -273,24 +273,24 @@ async def _wait_in_line(
     waiter.shares = shares
     if life.ledger.completes_deadlock(waiter.task, line, life.max_size, timeout):
         waiter.suspected = waiter.since
-    if joined:
-        waiter.since = joined
-        line.rejoin(waiter)
-    else:
-        line.append(waiter)
-    life.counters.queued += 1
-    if life.listeners.want_queued and not joined:
-        _tell_queued(life, waiter)
-    if not comes_back and (life.made < life.max_size or life.connector.wanted):
-        help_growth(life)
-    life.clock.watch(waiter)
     try:
+        if joined:
+            waiter.since = joined
+            line.rejoin(waiter)
+        else:
+            line.append(waiter)
+        life.counters.queued += 1
+        if life.listeners.want_queued and not joined:
+            _tell_queued(life, waiter)
+        if not comes_back and (life.made < life.max_size or life.connector.wanted):
+            help_growth(life)
+        life.clock.watch(waiter)
         conn = await waiter.future
         line.leave(waiter)
     except BaseException:
         line.leave(waiter)
         if waiter.was_served():
-            # Cancelled in the same turn of the loop in which it was served.
+            # Cancelled in the same turn of the loop in which it was served, say.
             _pass_on(life, waiter.future.result())
         life.counters.count("requests_errors")
         raise

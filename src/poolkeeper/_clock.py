@@ -141,8 +141,9 @@ class LineClock:
     def _arm(self, due: float) -> None:
         now = monotonic()
         self.stop()
-        self._due = max(min(due, now + self.TICK), now + self.FINEST)
-        self._timer = self._loop.call_later(self._due - now, self._tick, context=self._context)
+        due = max(min(due, now + self.TICK), now + self.FINEST)
+        self._timer = self._loop.call_later(due - now, self._tick, context=self._context)
+        self._due = due  # only now: if that was cut short, nobody would be looked at any more
 
     def _tick(self) -> None:
         now = monotonic()

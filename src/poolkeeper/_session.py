@@ -271,10 +271,7 @@ class Session:
         """
         cls = conn.__class__
         old = conn.__dict__
-        fresh = _new(cls)
         new = self._fixed.copy()
-        _set_attribute(fresh, "__dict__", new)
-        new["_session"] = self
         # A generator that was left half-way still holds the lock, and will let it go some day.
         lock = old["lock"]
         new["lock"] = cls._lock_class() if lock.locked() else lock
@@ -288,6 +285,10 @@ class Session:
         threshold, most = self._prepare
         if prepared.prepare_threshold != threshold or prepared.prepared_max != most:
             prepared.prepare_threshold, prepared.prepared_max = threshold, most
+        # What is above may be cut short; what is dropped with a session in it is taken back.
+        new["_session"] = self
+        fresh = _new(cls)
+        _set_attribute(fresh, "__dict__", new)
         self._handle = weakref.ref(fresh)
         conn.__class__ = cls._released_class
         return fresh

@@ -7,16 +7,16 @@ import gc
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 
-from poolkeeper import PoolManager, _acquiring, _releasing
+from poolkeeper import AcquireTimeout, PoolManager, _acquiring, _releasing
 from poolkeeper._checkouts import Ledger
 from poolkeeper._session import Session
 from tests.support.inside import life
-from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -60,6 +60,7 @@ class CutShort(BaseException):
         (_acquiring, "_current_task"),
         (Ledger, "ends"),
         (Session, "successor"),
+        (asyncio.Lock, "locked"),  # in the middle of successor()
         (Session, "is_quiet"),
         (_acquiring, "_check_out"),
         (_releasing, "end_checkout"),
@@ -94,6 +95,26 @@ async def test_an_error_at_any_step_loses_no_connection(
     await is_whole(db, pids)
 
 
+async def test_who_is_cut_short_when_joining_the_line_stands_in_nobodys_way(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No connection is handed to who has gone, and those who wait after that still give up."""
+    db = make_manager(min_size=1, max_size=1, name="orders", timeout=10)
+    await db.open()
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise CutShort
+
+    async with db.connection():
+        with monkeypatch.context() as patched, pytest.raises(CutShort):
+            patched.setattr(life(db.pool).clock, "_loop", SimpleNamespace(call_later=fails))
+            await asyncio.create_task(use(db))
+        assert db.snapshot().waiting == 0
+        with pytest.raises(AcquireTimeout):
+            await db.fetchval("select 1", timeout=0.1)
+    assert await db.fetchval("select 1") == 1
+
+
 # psycopg 3.3.0 gives it to wait_for(), which may be one call too many.
 @pytest.mark.filterwarnings("ignore:coroutine 'Event.wait' was never awaited:RuntimeWarning")
 async def test_the_recursion_limit_met_at_any_depth_loses_no_connection(
@@ -117,7 +138,8 @@ async def test_the_recursion_limit_met_at_any_depth_loses_no_connection(
             except (RecursionError, psycopg.Error):
                 met += 1
         assert met
-        await until(lambda: len(life(db.pool).idle) == 2)
+        async with db.connection(), db.connection():
+            pass
     finally:
         gc.enable()
     await is_whole(db, pids)
