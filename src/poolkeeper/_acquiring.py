@@ -188,7 +188,8 @@ async def wait_for_connection(
         life.counters.requests += 1
     if timeout is None:
         timeout = life.pool.timeout
-    began = since or monotonic()
+    entered = monotonic()
+    began = since or entered
     try:
         # It may be infinite, or NaN.
         deadline = began + (timeout if timeout < LONGEST else LONGEST)
@@ -203,10 +204,11 @@ async def wait_for_connection(
             if life.idle and not life.line:
                 conn = _take_next(life)
             else:
-                conn = await _wait_in_line(life, timeout, deadline, code, lineno, joined, shares)
+                conn = await _wait_in_line(
+                    life, timeout, deadline, code, lineno, joined, shares, again=queued
+                )
                 queued = True
                 if shares and isinstance(conn, Place):
-                    _tell_shared(life, monotonic() - began, (code, lineno))
                     return conn
             joined = began
             session: Session = conn._session
@@ -219,7 +221,7 @@ async def wait_for_connection(
                 if look is None or await look:
                     life.between.end(session)
                     loop = life.binding.owner_loop()
-                    wait = monotonic() - began, queued
+                    wait = monotonic() - entered, queued
                     return _check_out(
                         life, conn, session, loop, frame, lineno, structured, now, wait
                     )
@@ -232,7 +234,7 @@ async def wait_for_connection(
                     raise _refusal(life, timeout, now - began, code, lineno, look.moment)
     except BaseException as ex:
         if life.listeners.want_failures:
-            _tell_in_vain(life, ex, timeout, monotonic() - began, (frame.f_code, lineno))
+            _tell_in_vain(life, ex, timeout, monotonic() - entered, (frame.f_code, lineno))
         raise
 
 
@@ -244,6 +246,7 @@ async def _wait_in_line(
     lineno: int,
     joined: float,
     shares: bool,
+    again: bool,
 ) -> Any:
     """
     Wait until a connection is handed over.
@@ -256,6 +259,7 @@ async def _wait_in_line(
         lineno: At which line of it.
         joined: When it joined, if it was handed one that is no good; 0.0 if it joins now.
         shares: True if a place will do.
+        again: True if it was told already that it waits.
     """
     line = life.line
     if life.pool.max_waiting and len(line) >= life.pool.max_waiting and not joined:
@@ -280,7 +284,7 @@ async def _wait_in_line(
         else:
             line.append(waiter)
         life.counters.queued += 1
-        if life.listeners.want_queued and not joined:
+        if life.listeners.want_queued and not again:
             _tell_queued(life, waiter)
         if not comes_back and (life.made < life.max_size or life.connector.wanted):
             help_growth(life)
@@ -425,19 +429,14 @@ def end_deadlock(life: Life, waiter: Waiter) -> None:
 
 def _tell_queued(life: Life, waiter: Waiter) -> None:
     at = waiter.code, waiter.lineno
-    life.listeners.tell("queued", at=at, task=_task_name(), waiting=len(life.line))
-
-
-def _tell_shared(life: Life, waited: float, at: tuple[Code, int]) -> None:
-    task = _task_name()
-    life.listeners.tell("gave_up", at=at, task=task, waited_seconds=waited, why="shared")
+    life.listeners.tell("queued", at=at, task=task_name(), waiting=len(life.line))
 
 
 def _tell_in_vain(
     life: Life, error: BaseException, timeout: float, waited: float, at: tuple[Code, int]
 ) -> None:
     """Tell of an acquire that *error* has ended; in its task."""
-    tell = partial(life.listeners.tell, at=at, task=_task_name())
+    tell = partial(life.listeners.tell, at=at, task=task_name())
     if isinstance(error, TooManyWaitersError):
         tell("turned_away", waiting=len(life.line))
     elif not isinstance(error, AcquireTimeout):
@@ -453,6 +452,7 @@ def _tell_in_vain(
         )
 
 
-def _task_name() -> str:
+def task_name() -> str:
+    """Return the name of the running task; "" outside of any."""
     task = current_task()
     return task.get_name() if task else ""

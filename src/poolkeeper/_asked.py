@@ -44,7 +44,7 @@ class Asked:
 
     __slots__ = (
         "code", "cursor", "done", "entry", "error", "known", "left", "lineno", "make_row", "moved",
-        "name", "prepares", "results", "since", "task", "transformer",
+        "name", "prepares", "results", "seconds", "since", "task", "transformer",
     )  # fmt: skip
 
     def __init__(self, known: Known | None, code: Code, lineno: int) -> None:
@@ -64,7 +64,8 @@ class Asked:
         """Of the prepared statement that it runs."""
         self.prepares = False
         """True if it has prepared it."""
-        self.since = 0.0
+        self.since = self.seconds = 0.0
+        """When it was sent; how long the server was at it, if somebody is told."""
         self.done: Any = None
 
     def in_words(self) -> str:

@@ -91,28 +91,9 @@ class Lane(Place):
     """
 
     __slots__ = (
-        "__weakref__",
-        "_loop",
-        "_room",
-        "_stopping",
-        "_writer",
-        "adapters",
-        "checkout",
-        "closed",
-        "conn",
-        "connection",
-        "drained",
-        "head_since",
-        "pgconn",
-        "promised",
-        "session",
-        "shared",
-        "stopped",
-        "transformer",
-        "under_way",
-        "unprepared",
-        "until",
-        "users",
+        "__weakref__", "_loop", "_room", "_stopping", "_writer", "adapters", "checkout", "closed",
+        "conn", "connection", "drained", "head_since", "joined", "loud", "pgconn", "promised",
+        "session", "shared", "stopped", "transformer", "under_way", "unprepared", "until", "users",
         "wire",
     )  # fmt: skip
 
@@ -139,6 +120,8 @@ class Lane(Place):
         self.drained: asyncio.Future[None] | None = None
         self.unprepared: set[bytes] = set()
         """Names that could not be prepared, on which those behind may have relied."""
+        self.loud = self.joined = False
+        """True if somebody is told who uses it; and of one beside who has opened it."""
         self._stopping = self.stopped = False
         """True while what runs is being stopped; once that was begun."""
         self._writer = -1
@@ -366,6 +349,8 @@ class Lane(Place):
 
     def _answer(self, asked: Asked) -> None:
         results = asked.results
+        if self.loud:
+            asked.seconds, self.head_since = (now := monotonic()) - self.head_since, now
         if asked.prepares and len(results) > 1:
             if results[0].status == COMMAND_OK:
                 del results[0]  # of the preparation
@@ -421,6 +406,7 @@ class Lane(Place):
             if index and self.shared:
                 asked.moved = True
             elif not asked.left:
+                asked.seconds = monotonic() - self.head_since
                 asked.error = last_word(self.pgconn, asked, error, sent)
             self._wake(asked)
         if failed:

@@ -28,8 +28,9 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, connection_async, cursor_async
 
-from ._acquiring import take, wait_for_connection
+from ._acquiring import take, task_name, wait_for_connection
 from ._asked import Asked, result_of
+from ._checkouts import ACQUIRED
 from ._lane import Lane
 from ._life import Life, Pool
 from ._releasing import release
@@ -96,23 +97,28 @@ class Lanes:
             lane.users += 1
             if not life.growing and life.made < life.max_size:
                 grow(life)  # as if it had to wait
+            if life.listeners.of_checkouts:
+                self._tell_joined(lane, shot, 0.0)
             return lane
         conn = take(life, shot.frame, shot.lineno, True)
-        return None if conn is None else self._opened(conn, shares)
+        return None if conn is None else self._opened(conn, shot)
 
     async def place(self, shot: OneShot) -> Lane | None:
         """Wait for one; None if connections of this pool are used by psycopg's cursors."""
         life = self.life
         if not self.serve:
             return None
+        began = monotonic()
         given = await wait_for_connection(
             life, shot.timeout, shot.frame, shot.lineno, True, shot.shares, shot.since
         )
         if isinstance(given, Lane):
             given.promised -= 1
             given.users += 1
+            if life.listeners.of_checkouts:
+                self._tell_joined(given, shot, monotonic() - began)
             return given
-        return self._opened(given, shot.shares)
+        return self._opened(given, shot)
 
     def _with_room(self) -> Lane | None:
         """Return the lane with room on which the fewest are under way."""
@@ -122,8 +128,8 @@ class Lanes:
                 best, fewest = lane, number
         return best
 
-    def _opened(self, conn: Any, shares: bool) -> Lane | None:
-        life = self.life
+    def _opened(self, conn: Any, shot: OneShot) -> Lane | None:
+        life, shares = self.life, shot.shares
         if not _is_plain(conn):
             self.refused = True
             life.counters.requests -= 1  # it asks again
@@ -135,6 +141,9 @@ class Lanes:
             release(life.pool, conn, False)
             raise
         lane.users = 1
+        if (checkout := lane.checkout).told & ACQUIRED:
+            checkout.told &= ~ACQUIRED  # when the lane ends, nobody wants to know
+            shot.told, lane.loud = (checkout.caller, checkout.since), True
         self._all[lane] = None
         if self._clock is None:
             self._start_clock()
@@ -156,6 +165,45 @@ class Lanes:
                 # Whoever is first wants a connection of his own.
                 lane.closed = bool(line) or lane.closed
                 return
+
+    # --- what is told -----------------------------------------------------------------------------
+
+    def _tell_joined(self, lane: Lane, shot: OneShot, waited: float) -> None:
+        """Tell that *shot* has a place on *lane*, which another one has opened."""
+        listeners = self.life.listeners
+        caller = listeners.caller(shot.frame.f_code, shot.lineno, shot.frame)
+        shot.told = caller, monotonic()
+        lane.loud = lane.joined = True
+        listeners.send(
+            listeners.records.Acquired(
+                pool=self.life.name,
+                task=task_name(),
+                caller=caller,
+                waited_seconds=waited,
+                queued=waited > 0,
+                shared=True,
+            )
+        )
+
+    def tell_left(self, lane: Lane, shot: OneShot, asked: Asked) -> None:
+        """Tell that *shot*, of which it was told that it had a place, has it no more."""
+        assert shot.told is not None
+        (caller, since), shot.told = shot.told, None
+        now, listeners = monotonic(), self.life.listeners
+        if lane.under_way and lane.under_way[0] is asked:  # it goes on, for nobody
+            asked.seconds = now - lane.head_since
+        if listeners.want("released") and not self.life.forked:
+            listeners.send(
+                listeners.records.Released(
+                    pool=self.life.name,
+                    task=asked.task.get_name() if asked.task else "",
+                    caller=caller,
+                    held_seconds=now - since,
+                    query_seconds=asked.seconds,
+                    exchanges=1 if asked.since else 0,
+                    shared=lane.joined,
+                )
+            )
 
     # --- the clock ------------------------------------------------------------------------------
 
@@ -245,6 +293,8 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
                     raise
                 finally:
                     lane.leave(asked)
+                    if shot.told is not None:
+                        lanes.tell_left(lane, shot, asked)
                 lane = await lanes.place(shot)
         return await by_cursor(pool, shot)
     except (PoolkeeperError, psycopg.Error) as ex:

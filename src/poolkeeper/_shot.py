@@ -53,7 +53,7 @@ class OneShot:
 
     __slots__ = (
         "fetch", "frame", "known", "lineno", "params", "query", "query_timeout", "row_factory",
-        "shares", "since", "timeout",
+        "shares", "since", "timeout", "told",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +78,8 @@ class OneShot:
         """Since when it waits for a connection, if it was sent and moved."""
         self.shares = False
         """True if a place on a lane will do."""
+        self.told: tuple[Any, float] | None = None
+        """By whom, and since when it has its connection, if that was told."""
         self.known: Known
 
 

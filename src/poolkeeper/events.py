@@ -128,7 +128,7 @@ class Queued(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acquired(Event):
-    """A task has a connection. `Released` comes next of it."""
+    """A task has a connection, by itself or not. `Released` comes next of it."""
 
     event_name: ClassVar[str] = "acquired"
 
@@ -143,10 +143,13 @@ class Acquired(Event):
     queued: bool
     """True if it had to wait in line."""
 
+    shared: bool = False
+    """True if it is a one-shot, and others are at work on the same connection."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Released(Event):
-    """A connection comes back, or was taken back; of one whose `Acquired` was told."""
+    """A task has it no more, or it was taken back; of one whose `Acquired` was told."""
 
     event_name: ClassVar[str] = "released"
 
@@ -160,10 +163,24 @@ class Released(Event):
     """How long it was held."""
 
     query_seconds: float
-    """How many of them were spent waiting for the server."""
+    """
+    How many of them were spent waiting for the server; if it was shared, for its answer to this
+    task, and not to those before.
+    """
 
     exchanges: int
     """How often the server was asked something: a COMMIT counts, and a BEGIN goes along."""
+
+    shared: bool = False
+    """True if others were at work on the same connection: a one-shot, one behind the other."""
+
+    @property
+    def used_seconds(self) -> float:
+        """
+        How much of a connection's time that took: `held_seconds`; if it was shared, the
+        `query_seconds`. The sum over all is the number of connections in use, over time.
+        """
+        return self.query_seconds if self.shared else self.held_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +224,7 @@ class TurnedAway(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GaveUp(Event):
-    """A task waits no more: it was cancelled, the pool is closed, or others share with it."""
+    """A task waits no more, and has nothing: it was cancelled, or the pool is closed."""
 
     event_name: ClassVar[str] = "gave_up"
 
@@ -220,7 +237,7 @@ class GaveUp(Event):
     """How long it waited."""
 
     why: str
-    """``cancelled``, ``closed``, or ``shared``: it works on a connection that others share."""
+    """``cancelled``, or ``closed``."""
 
 
 # --- the connections -----------------------------------------------------------------------------

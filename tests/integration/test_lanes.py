@@ -21,28 +21,12 @@ from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
 from psycopg.types.json import Jsonb
 
 from poolkeeper import ClosedError, LoopMismatchError, PoolManager, QueryTimeout, _lane, _oneshots
-from tests.support.inside import life
+from tests.support.lanes import PLAIN, know, lanes, trust
 from tests.support.pooler import PGBOUNCER, pgbouncer
 from tests.support.server import admin, kill_sessions
 from tests.support.waiting import eventually
 
 MakeManager = Callable[..., PoolManager[Any]]
-
-PLAIN = "select %s::int"
-
-
-def lanes(db: PoolManager[Any]) -> Any:
-    """What shares the connections of *db*."""
-    return life(db.pool).lanes
-
-
-async def know(db: PoolManager[Any], *queries: str) -> None:
-    """Let *queries* be known as quick."""
-    await db.execute("select 1")
-    for query in queries:
-        known = lanes(db).texts.known(query)
-        while not known.shares:
-            known.was_quick()
 
 
 @pytest.fixture
@@ -68,9 +52,9 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trusting(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No statement is slow."""
-    monkeypatch.setattr(_oneshots, "SLOW", 60.0)
+    trust(monkeypatch)
 
 
 @pytest.fixture

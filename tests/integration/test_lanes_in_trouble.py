@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import textwrap
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
 
-from poolkeeper import ClosedError, LoopMismatchError, PoolManager, _lane, _oneshots
+from poolkeeper import ClosedError, LoopMismatchError, PoolManager
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
+from tests.support.lanes import PLAIN, READ, know, locked, trust
 from tests.support.pair import pair
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
@@ -23,8 +24,6 @@ from tests.support.waiting import eventually, until
 
 MakeManager = Callable[..., PoolManager[Any]]
 
-PLAIN = "select %s::int"
-READ = "select n from t"
 COUNT = "select count(*) from generate_series(1, %s::bigint)"
 BEHIND = 15
 """How many are sent behind one: then it is full."""
@@ -34,8 +33,7 @@ SENT = ["The statement had been sent to the server: what it changes may be done 
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No statement is slow, so that all of them are under way for as long as a test wants."""
-    monkeypatch.setattr(_lane, "LONG", 60.0)
-    monkeypatch.setattr(_oneshots, "SLOW", 60.0)
+    trust(monkeypatch)
 
 
 @pytest.fixture
@@ -46,27 +44,12 @@ def table(database: str) -> str:
     return database
 
 
-async def know(db: PoolManager[Any], *queries: str) -> None:
-    """Let *queries*, which take no parameter or a number, be known as quick."""
-    for query in queries:
-        for _ in range(2):
-            await db.fetchall(query, (1,) if "%s" in query else None)
-
-
 @pytest.fixture
 async def one(table: str, trusting: None) -> AsyncIterator[PoolManager[Any]]:
     """A manager with one connection, which knows two statements as quick."""
     async with PoolManager(table, min_size=1, max_size=1, name="lane", timeout=20) as db:
         await know(db, READ, PLAIN)
         yield db
-
-
-@contextmanager
-def locked(dsn: str) -> Iterator[None]:
-    """Let whoever reads t wait as long as the block lasts."""
-    with psycopg.connect(dsn) as blocker:
-        blocker.execute("lock table t")
-        yield
 
 
 class Lane:

@@ -73,7 +73,7 @@ class Observer:
         self._sites: dict[str, Site] = {}
         self._seconds: deque[Second] = deque(maxlen=SECONDS)
         self._errors: dict[tuple[str, str], tuple[float, int, str]] = {}
-        self._in_use = self._waiting = 0
+        self._waiting = 0
         self._unsubscribe = self.pool.subscribe(self._hear)
 
     def stop(self) -> None:
@@ -91,8 +91,6 @@ class Observer:
                 self._acquired(event)
             case events.Released():
                 self._released(event)
-            case events.GaveUp(why="shared"):  # its statement goes along on a connection of others
-                self._waiting = max(0, self._waiting - 1)
             case events.TimedOut() | events.GaveUp() | events.TurnedAway():
                 self._in_vain(event)
             case events.ConnectFailed():
@@ -109,14 +107,13 @@ class Observer:
             case events.LoopMismatch():
                 self._error("used on another event loop", event.used)
             case events.Opened() | events.Closed():
-                self._in_use = self._waiting = 0
+                self._waiting = 0
             case _:
                 pass
 
     def _acquired(self, event: events.Acquired) -> None:
         if event.queued:
             self._waiting = max(0, self._waiting - 1)
-        self._in_use += 1
         second = self._second()
         second.acquired += 1
         if len(second.waits) < MOST_WAITS:
@@ -125,12 +122,11 @@ class Observer:
 
     def _released(self, event: events.Released) -> None:
         self._second()
-        self._in_use = max(0, self._in_use - 1)
         site = self._site(event.caller)
         site.number += 1
-        site.held += event.held_seconds
+        site.held += event.used_seconds
         site.query += event.query_seconds
-        site.held_most = max(site.held_most, event.held_seconds)
+        site.held_most = max(site.held_most, event.used_seconds)
 
     def _in_vain(self, event: events.TimedOut | events.GaveUp | events.TurnedAway) -> None:
         self._second().in_vain += 1
@@ -172,7 +168,8 @@ class Observer:
         if not self._seconds or self._seconds[-1].at != now:
             self._seconds.append(Second(now))
         second = self._seconds[-1]
-        second.in_use = max(second.in_use, self._in_use)
+        # Not by the events: one-shots that share a connection are told each by itself.
+        second.in_use = max(second.in_use, len(self.pool.checkouts()))
         second.waiting = max(second.waiting, self._waiting)
         return second
 

@@ -116,11 +116,10 @@ class Recording:
         since = came.pop() if came else now - event.held_seconds
         if not came:
             self._held.pop(event.task, None)
-        self._done.append((since, event.held_seconds, event.query_seconds))
+        self._done.append((since, event.used_seconds, event.query_seconds))
 
     def _gave_up(self, event: TimedOut | GaveUp) -> None:
-        if getattr(event, "why", "") != "shared":  # else it needs no connection of its own
-            self._in_vain.append(monotonic() - event.waited_seconds)
+        self._in_vain.append(monotonic() - event.waited_seconds)
 
     # --- what is made of it -------------------------------------------------------------------
 

@@ -225,8 +225,8 @@ class Recorder:
                 self._wait(event.waited_seconds)
                 self._site(event.caller)[0](event.waited_seconds)
             case Released():
-                self._use(event.held_seconds)
-                self._site(event.caller)[1](event.held_seconds)
+                self._use(event.used_seconds)
+                self._site(event.caller)[1](event.used_seconds)
             case Connected():
                 self._create(event.seconds)
             case TimedOut():
