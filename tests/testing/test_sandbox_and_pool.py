@@ -114,6 +114,19 @@ async def a_stream_that_is_left_open(db: PoolManager) -> None:
         await stream.aclose()
 
 
+async def a_copy_that_is_left_open(db: PoolManager) -> None:
+    conn = await db.pool.getconn()
+    await conn.execute("insert into things values (1)")
+    await conn.cursor().copy("copy things from stdin").__aenter__()
+    await db.pool.putconn(conn)
+
+
+async def a_copy_of_rows_that_is_left_open(db: PoolManager) -> None:
+    conn = await db.pool.getconn()
+    await conn.cursor().copy("copy (select generate_series(1, 9)) to stdout").__aenter__()
+    await db.pool.putconn(conn)
+
+
 async def one_that_a_task_is_at_work_on(db: PoolManager) -> None:
     conn = await db.pool.getconn()
     task = asyncio.create_task(conn.execute("select pg_sleep(60)"))
@@ -141,6 +154,8 @@ PROGRAMS: list[Program] = [
     an_error_that_a_transaction_swallows,
     a_block_that_is_left_open_in_autocommit,
     a_stream_that_is_left_open,
+    a_copy_that_is_left_open,
+    a_copy_of_rows_that_is_left_open,
     one_that_a_task_is_at_work_on,
     settings_that_are_put_back,
 ]

@@ -15,13 +15,16 @@ from poolkeeper.testing import outside, sandbox
 
 Op = tuple[Any, ...]
 
+KINDS = (
+    *("insert", "insert", "commit", "rollback", "switch", "block", "block"),
+    *("pipeline", "stream", "copy"),
+)
+
 
 def some_ops(chance: random.Random, depth: int = 0) -> list[Op]:
     ops: list[Op] = []
     for _ in range(chance.randint(1, 5)):
-        kind = chance.choice(
-            ["insert", "insert", "commit", "rollback", "switch", "block", "block", "pipeline"]
-        )
+        kind = chance.choice(KINDS)
         if kind == "insert":
             ops.append(("insert", chance.randint(1, 5), chance.choice([None, None, 1, 9])))
         elif kind == "pipeline":
@@ -51,6 +54,12 @@ async def do(conn: Any, ops: list[Op], seen: list[Any]) -> None:
                 await conn.set_autocommit(not conn.autocommit)
             elif kind == "pipeline":
                 await pipeline(conn, *rest, seen)
+            elif kind == "stream":
+                stream = conn.cursor().stream("select n from things order by n")
+                seen.append(await anext(stream, None))
+                await stream.aclose()  # half-way
+            elif kind == "copy":
+                await copy(conn, seen)
             else:
                 await block(conn, *rest, seen)
         except (psycopg.Error, ZeroDivisionError) as ex:
@@ -71,6 +80,15 @@ async def pipeline(conn: Any, groups: list[list[Op]], seen: list[Any]) -> None:
                 except psycopg.Error as ex:
                     errors.add(type(ex).__name__)
             seen.append(sorted(errors - {"PipelineAborted"}))
+
+
+async def copy(conn: Any, seen: list[Any]) -> None:
+    """Copy the rows out, and one in that may be there."""
+    async with conn.cursor() as cursor:
+        async with cursor.copy("copy (select n from things order by n) to stdout") as out:
+            seen.append([bytes(row) async for row in out])
+        async with cursor.copy("copy things (n) from stdin") as into:
+            await into.write_row([len(seen) % 5 + 1])
 
 
 async def pause(number: int) -> None:

@@ -39,6 +39,7 @@ STOP = 2.0
 FIRST_REST, LONGEST_REST = 0.01, 0.25
 """Seconds until a connection that its check refuses is tried again, as the pool does."""
 
+ACTIVE = pq.TransactionStatus.ACTIVE
 INERROR = pq.TransactionStatus.INERROR
 
 
@@ -295,6 +296,9 @@ class Turns:
             elif lock is not None and lock.locked():  # a stream was left open
                 await fresh.end_command()
                 self.exchange.end(lock)
+            elif fresh.pgconn.transaction_status == ACTIVE:  # a COPY was
+                async with fresh.lock:
+                    await fresh.end_command()
             await self._end_transaction(hold, fresh, ending)
             await self._put_in_order(hold, fresh)
         except (psycopg.Error, SandboxError):
