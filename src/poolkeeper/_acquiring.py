@@ -61,7 +61,9 @@ NO_WAIT = 0.0, False
 _current_task: Any = current_task
 
 
-def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: bool) -> Any:
+def take(
+    life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: bool, loop: Any = None
+) -> Any:
     """
     Acquire a connection that is free, sound and needs no check; None if that takes waiting.
 
@@ -70,16 +72,18 @@ def take(life: Life | Any, frame: FrameType | Behalf, lineno: int, structured: b
         frame: Where it is asked for.
         lineno: At which line of it.
         structured: True if a block of the calling task's own will give it back.
+        loop: The one that runs, if it was asked already whether that is the pool's.
 
     Raises:
         LoopMismatchError, NotOpenError, ClosedError: As `getconn()`.
     """
     # The one question: a loop that has no pool, and a pool that has no loop, are never the same.
-    loop = _get_running_loop()
-    if loop is None or loop is not life.binding.admits():
-        life.check_usable("acquire a connection")
-        if life.stand_in is not None:
-            return None
+    if loop is None:
+        loop = _get_running_loop()
+        if loop is None or loop is not life.binding.admits():
+            life.check_usable("acquire a connection")
+            if life.stand_in is not None:
+                return None
     life.counters.requests += 1
     idle = life.idle
     if not idle or life.line or life.check is not None:

@@ -11,11 +11,13 @@ these none is made.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from psycopg import AsyncCursor, pq
+from psycopg import AsyncCursor, generators, pq, waiting
+from psycopg._preparing import PrepareManager
 from psycopg.rows import scalar_row, tuple_row
 
 from ._begin import lost, said
@@ -34,6 +36,12 @@ class Asked:
     """
     A statement on its way, and the task that waits for it.
 
+    Args:
+        known: What is known of its text.
+        code: Where it is asked.
+        lineno: At which line of it.
+        task: By whom.
+
     Attributes:
         done: Its end: an answer, an error, or that it is to be sent elsewhere.
         results: What the server has answered.
@@ -47,15 +55,19 @@ class Asked:
         "name", "prepares", "results", "seconds", "since", "task", "transformer",
     )  # fmt: skip
 
-    def __init__(self, known: Known | None, code: Code, lineno: int) -> None:
+    transformer: Any
+    make_row: Any
+    done: Any
+
+    def __init__(
+        self, known: Known | None, code: Code, lineno: int, task: asyncio.Task[Any] | None
+    ) -> None:
         self.known = known
         self.code = code
         self.lineno = lineno
-        self.task: asyncio.Task[Any] | None = asyncio.current_task()
+        self.task = task
         self.cursor: Any = None
-        """psycopg's, if one is needed to make the rows; else what does it."""
-        self.transformer: Any = None
-        self.make_row: Any = None
+        """psycopg's, if one is needed to make the rows; else there is what does it."""
         self.results: list[Any] = []
         self.error: BaseException | None = None
         self.moved = self.left = False
@@ -66,7 +78,6 @@ class Asked:
         """True if it has prepared it."""
         self.since = self.seconds = 0.0
         """When it was sent; how long the server was at it, if somebody is told."""
-        self.done: Any = None
 
     def in_words(self) -> str:
         """Return whose it is, in words."""
@@ -75,10 +86,46 @@ class Asked:
             f" {asker(self.code, self.lineno)}"
         )
 
+    def wake(self) -> None:
+        """Let the task go on, if it waits."""
+        if not self.done.done():
+            self.done.set_result(None)
 
-def result_of(conn: Any, asked: Asked) -> Any:
+    def validate(self, prepared: PrepareManager) -> None:
+        """Let psycopg know whether what it has prepared, or counted, has worked."""
+        key, prepare, name = self.entry
+        if prepared._names.get(key, name) == name:
+            prepared.validate(key, prepare, name, self.results)
+
+
+def received(pgconn: Any) -> list[list[Any]]:
+    """
+    Return what has come in a pipeline: the results of one step, or the one of a sync, in each list.
+
+    Raises:
+        psycopg.Error: The connection is lost.
+    """
+    reading = generators.pipeline_communicate(pgconn, _NOTHING_TO_SEND)
+    next(reading)
+    try:
+        reading.send(_READY)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    raise AssertionError("it has had nothing to wait for")
+
+
+_NOTHING_TO_SEND: deque[Any] = deque()
+_READY = waiting.Ready.RW
+"""That it could write ends it."""
+
+
+def result_of(asked: Asked, shown: Any) -> Any:
     """
     Return the server's answer to *asked*, whose values and rows its transformer and maker make.
+
+    Args:
+        asked: That.
+        shown: The connection that a cursor is made of, if one is needed after all.
 
     Raises:
         psycopg.Error: The server's error, or why there is no answer.
@@ -95,10 +142,10 @@ def result_of(conn: Any, asked: Asked) -> Any:
             return result
         for result in results:
             if result.status == FATAL_ERROR:  # whatever has become of the connection
-                raise said(conn.pgconn, result) or lost()
+                raise said(shown.pgconn, result) or lost()
         # No columns, which is an error to scalar_row.
         factory: Any = tuple_row if asked.make_row is tuple else scalar_row
-        cursor = AsyncCursor(conn, row_factory=factory)
+        cursor = AsyncCursor(shown, row_factory=factory)
         cursor._tx = asked.transformer
     cursor._check_results(results)
     cursor._set_results(results)

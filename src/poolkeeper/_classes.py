@@ -25,6 +25,7 @@ from ._connection import (
     Keeper,
     ReleasedConnection,
     RevokedConnection,
+    ShownConnection,
 )
 from ._proxies import makers, unwrapped
 from ._session import DressedSession, Handle, Session
@@ -65,6 +66,7 @@ def bound_class(
     bound._lock_class = type("BoundLock", (BoundLock,), {"_binding": binding})
     bound._released_class = derive("Released", ReleasedConnection, bound)
     bound._revoked_class = derive("Revoked", RevokedConnection, bound)
+    bound._shown_class = derive("Shown", ShownConnection, bound)
     return cast("type[BoundConnection]", bound)
 
 

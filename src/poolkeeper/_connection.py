@@ -436,6 +436,30 @@ class ReleasedConnection(RetiredConnection):
         return checkout is not None and isinstance(checkout.code, Handler)
 
 
+class ShownConnection(ReleasedConnection):
+    """
+    What those who convert a one-shot's values and rows are shown in place of the handle.
+
+    They may ask what they like of the session, while it is the one-shot's, but send it nothing.
+    """
+
+    @property
+    def pgconn(self) -> Any:  # type: ignore[override]
+        return vars(self)["pgconn"]
+
+    @staticmethod
+    def of(conn: BoundConnection) -> Any:
+        """Return one for the handle *conn*; it does not keep the session alive."""
+        shown = object.__new__(cast("type[ShownConnection]", conn._shown_class))
+        vars(shown).update(vars(conn), _checkout=None, _pool=None)
+        del vars(shown)["_session"]
+        return shown
+
+
+for _name in ("adapters", "broken", "closed", "cursor", "info"):
+    setattr(ShownConnection, _name, getattr(BoundConnection, _name))
+
+
 class RevokedConnection(RetiredConnection):
     """A handle whose session was closed by the pool while it was in use."""
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 from contextvars import Context
 from time import monotonic
 from typing import Any, Protocol
@@ -30,15 +29,15 @@ import psycopg
 from psycopg import capabilities, pq
 from psycopg._preparing import Prepare, PrepareManager
 from psycopg._queries import PostgresQuery
-from psycopg.adapt import Transformer
 from typing_extensions import override
 
-from ._asked import MAKERS, Asked, last_word
+from ._asked import Asked, last_word, received
 from ._begin import lost
 from ._checkouts import Checkout
+from ._converting import Converter
 from ._life import Life
 from ._line import Place
-from ._releasing import release
+from ._releasing import keep_unseen, release
 from ._session import Session
 from ._stopping import Stop, in_own_task
 from ._where import Code
@@ -82,53 +81,64 @@ class Lane(Place):
     """
     One connection that one-shots share.
 
+    Its session keeps it between two uses, with all that was found out for the first, as long as
+    nothing about it is out of order. It keeps nothing of a connection then.
+
     Stands in for the future that its `Wire` tells that there is something to read.
 
     Args:
         room: Where it is.
-        conn: The handle, just acquired.
-        shared: False if it is for one statement.
+        session: Whose connection it is.
     """
 
     __slots__ = (
-        "__weakref__", "_loop", "_room", "_stopping", "_writer", "adapters", "checkout", "closed",
-        "conn", "connection", "drained", "head_since", "joined", "loud", "pgconn", "promised",
-        "session", "shared", "stopped", "transformer", "under_way", "unprepared", "until", "users",
-        "wire",
+        "__weakref__", "_loop", "_room", "_stopping", "_writer", "checkout", "closed", "conn",
+        "converter", "drained", "head_since", "joined", "loud", "pgconn", "promised", "session",
+        "shared", "stopped", "under_way", "unprepared", "until", "users", "wire",
     )  # fmt: skip
 
-    def __init__(self, room: Room, conn: Any, shared: bool) -> None:
+    conn: Any
+    session: Session
+    checkout: Checkout
+    converter: Converter
+
+    def __init__(self, room: Room, session: Session) -> None:
         self._room = room
-        self.conn = conn
-        self.session: Session = conn._session
-        self.checkout: Checkout = conn._checkout
-        self.pgconn: Any = conn.pgconn
-        self.wire: Wire = self.session.wire
         self._loop = room.loop
-        # What a Transformer asks of whom it is for.
-        self.adapters, self.connection = conn._adapters, conn
-        self.transformer: Any = None
-        self.shared = shared
-        self.closed = not shared
+        self.pgconn: Any = session.pgconn
+        self.wire: Wire = session.wire
+        self.until = 0.0
         self.users = self.promised = 0
         """Tasks that wait here, or fetch their answer; that were told to come."""
         self.under_way: deque[Asked] = deque()
         """What is under way, in the order of the answers."""
         self.head_since = 0.0
         """Since when the first of them is the first."""
-        self.until = min(self.checkout.since + TURN, self.session.expires_at)
         self.drained: asyncio.Future[None] | None = None
         self.unprepared: set[bytes] = set()
         """Names that could not be prepared, on which those behind may have relied."""
-        self.loud = self.joined = False
-        """True if somebody is told who uses it; and of one beside who has opened it."""
         self._stopping = self.stopped = False
         """True while what runs is being stopped; once that was begun."""
         self._writer = -1
+
+    def open(self, conn: Any, shared: bool) -> None:
+        """Begin, for one who comes, with *conn*, just acquired; *shared* if others may come."""
+        self.conn = conn
+        self.session = session = conn._session
+        self.checkout = checkout = conn._checkout
+        since = checkout.since
+        self.shared = shared
+        self.closed = not shared
+        self.loud = self.joined = False
+        """True if somebody is told who uses it; and of one beside who has opened it."""
+        if not self.until or not self.converter.fits(conn, since):
+            self.converter = Converter(conn, since)
+        self.until = min(since + TURN, session.expires_at)
         self.pgconn.enter_pipeline_mode()
-        if self.session.streamed:
+        self.users = 1
+        if session.streamed:
             # What a stream has set holds for the first command of a pipeline, too (libpq 18).
-            self.session.streamed = False
+            session.streamed = False
             self._sync_for_nobody()
 
     # --- who may come -----------------------------------------------------------------------
@@ -166,52 +176,55 @@ class Lane(Place):
             psycopg.Error, or what the user's dumpers raise: It cannot be converted.
         """
         conn, pgconn = self.conn, self.pgconn
-        asked.make_row = make_row = MAKERS.get(factory or conn.row_factory)
-        if make_row is not None:  # it takes no cursor, which costs as much as all the rest
-            asked.transformer = transformer = self.transformer
-            if transformer is None:
-                asked.transformer = transformer = self.transformer = Transformer(self)
-            converted = PostgresQuery(transformer)
-        else:
-            asked.cursor = cursor = conn.cursor(row_factory=factory) if factory else conn.cursor()
-            cursor._tx = Transformer(cursor)
-            converted = cursor._query = PostgresQuery(cursor._tx)
-        converted.convert(query, params)
-        values = converted.params
-        if values and sum([len(value) for value in values if value is not None]) > LARGE:
+        converted = self.converter.converted(asked, query, params, factory or conn.row_factory)
+        values, converted.params = converted.params, None  # it is kept
+        if values and sum(map(len, filter(None, values))) > LARGE:
             if self.under_way:
                 return False
             self.closed = True
-        prepared = conn._prepared
+        prepared: PrepareManager = conn._prepared
         if prepared._to_flush:
             self._deallocate(prepared)
-        prepare, name = prepared.get(converted)
-        if prepare is Prepare.NO:
-            pgconn.send_query_params(
-                converted.query, values,
-                param_types=converted.types, param_formats=converted.formats, result_format=TEXT,
-            )  # fmt: skip
+        key = PrepareManager.key(converted)
+        if (name := prepared._names.get(key)) and prepared.prepare_threshold is not None:
+            # As PrepareManager's methods do, which are for all cases.
+            prepared._names.move_to_end(key)
+            asked.name = name
+            pgconn.send_query_prepared(
+                name, values, param_formats=converted.formats, result_format=TEXT
+            )
         else:
-            self._send_prepared(asked, converted, prepare, name)
-        if (key := prepared.maybe_add_to_cache(converted, prepare, name)) is not None:
-            asked.entry = (key, prepare, name)
+            self._send_new(asked, converted, values, prepared)
         self._sync(asked)
         return True
 
-    def _send_prepared(self, asked: Asked, converted: Any, prepare: Prepare, name: bytes) -> None:
-        asked.name = name
+    def _send_new(
+        self, asked: Asked, converted: PostgresQuery, values: Any, prepared: PrepareManager
+    ) -> None:
+        """Send what is not prepared yet, but may be from now on."""
+        prepare, name = prepared.get(converted)
         if prepare is Prepare.SHOULD:
-            self.pgconn.send_prepare(name, converted.query, param_types=converted.types)
-            asked.prepares = True
-            asked.entry = (PrepareManager.key(converted), prepare, name)
+            self._prepare(asked, converted, values, name)
+        else:
+            self.pgconn.send_query_params(
+                converted.query, values,
+                param_types=converted.types, param_formats=converted.formats, result_format=TEXT,
+            )  # fmt: skip
+        if (key := prepared.maybe_add_to_cache(converted, prepare, name)) is not None:
+            asked.entry = (key, prepare, name)
+
+    def _prepare(self, asked: Asked, converted: PostgresQuery, values: Any, name: bytes) -> None:
+        self.pgconn.send_prepare(name, converted.query, param_types=converted.types)
+        asked.name = name
+        asked.prepares = True
+        asked.entry = (PrepareManager.key(converted), Prepare.SHOULD, name)
         try:
             self.pgconn.send_query_prepared(
-                name, converted.params, param_formats=converted.formats, result_format=TEXT
+                name, values, param_formats=converted.formats, result_format=TEXT
             )
         except BaseException:
-            if asked.prepares:  # what was sent has an end
-                asked.left = True
-                self._sync(asked)
+            asked.left = True  # what was sent has an end
+            self._sync(asked)
             raise
 
     def _deallocate(self, prepared: PrepareManager) -> None:
@@ -227,7 +240,7 @@ class Lane(Place):
             self._sync_for_nobody()
 
     def _sync_for_nobody(self) -> None:
-        asked = Asked(None, Lane.__init__.__code__, 0)
+        asked = Asked(None, Lane.__init__.__code__, 0, None)
         asked.left = True
         self._sync(asked)
 
@@ -239,7 +252,10 @@ class Lane(Place):
             self.head_since = self.checkout.busy_since = now
             self._served(asked)
             self.conn._under_way = self
-            self._watch()
+            wire = self.wire
+            wire.waiter = self
+            if not wire.watched or not wire.looking:
+                self._watch()
         self.under_way.append(asked)
         try:
             self.pgconn.pipeline_sync()
@@ -258,7 +274,6 @@ class Lane(Place):
         if wire.socket != self.pgconn.socket:
             wire.let_go()
             wire.socket = self.pgconn.socket
-        wire.waiter = self
         if not wire.watched:
             wire.watch(loop)
         if not wire.looking:
@@ -302,28 +317,21 @@ class Lane(Place):
 
     def read(self) -> None:
         """Read what has come, and wake those whom it is for."""
-        pgconn, under_way = self.pgconn, self.under_way
-        answered = len(under_way)
+        under_way, answered = self.under_way, 0
         try:
-            pgconn.consume_input()
-            while under_way and not pgconn.is_busy():
-                result = pgconn.get_result()
-                if result is None:
-                    if pgconn.status == BAD:
-                        break
-                elif result.status == SYNC:
-                    self.checkout.used += 1
-                    self._answer(under_way.popleft())
+            for results in received(self.pgconn):
+                if results[0].status != SYNC:
+                    under_way[0].results += results
                 else:
-                    under_way[0].results.append(result)
-            while notify := pgconn.notifies():
-                pgconn.notify_handler(notify)
+                    answered += 1
+                    self._answer(under_way.popleft())
         except psycopg.Error as ex:
             self._fail(ex)
             return
-        if under_way and pgconn.status == BAD:
+        if under_way and self.pgconn.status == BAD:
             self._fail(lost())
-        elif len(under_way) < answered:
+        elif answered:
+            self.checkout.used += answered
             self._went_on()
 
     def _went_on(self) -> None:
@@ -359,19 +367,8 @@ class Lane(Place):
         elif asked.name in self.unprepared:
             asked.moved = True  # it relied on the one before it
         if asked.entry is not None:
-            self._validate(asked)
-        self._wake(asked)
-
-    def _validate(self, asked: Asked) -> None:
-        """Let psycopg know whether what it has prepared, or counted, has worked."""
-        key, prepare, name = asked.entry
-        prepared: PrepareManager = self.conn._prepared
-        if prepared._names.get(key, name) == name:
-            prepared.validate(key, prepare, name, asked.results)
-
-    def _wake(self, asked: Asked) -> None:
-        if (done := asked.done) is not None and not done.done():
-            done.set_result(None)
+            asked.validate(self.conn._prepared)
+        asked.wake()
 
     async def cancelled(self, asked: Asked) -> None:
         """
@@ -393,7 +390,7 @@ class Lane(Place):
         for asked in list(self.under_way)[1:]:
             if not asked.left:
                 asked.left = asked.moved = True
-                self._wake(asked)
+                asked.wake()
 
     def _fail(self, error: BaseException) -> None:
         """Tell the one at the head why the connection is gone; the others are sent elsewhere."""
@@ -408,7 +405,7 @@ class Lane(Place):
             elif not asked.left:
                 asked.seconds = monotonic() - self.head_since
                 asked.error = last_word(self.pgconn, asked, error, sent)
-            self._wake(asked)
+            asked.wake()
         if failed:
             self._idle()
         self.checkout.used += 1
@@ -465,13 +462,22 @@ class Lane(Place):
             self._look_for_users()
 
     def _end(self) -> None:
-        self._room.lane_ended(self)
+        """Give the connection back; if nothing is out of order, it is the same for the next."""
+        room, conn, session, checkout = self._room, self.conn, self.session, self.checkout
+        room.lane_ended(self)
         self.closed = True
-        with suppress(psycopg.Error):
+        self.converter.let_go()
+        del self.conn, self.session
+        try:
             self.pgconn.exit_pipeline_mode()
-        if self.checkout.session is None:
-            self.session.finish()  # it was taken away meanwhile
-        release(self._room.life.pool, self.conn, True)
+        except psycopg.Error:
+            self.stopped = True
+        if checkout.session is None:
+            session.finish()  # it was taken away meanwhile
+        elif not self.stopped and not self.unprepared and keep_unseen(room.life, conn):
+            return
+        session.lane = None
+        release(room.life.pool, conn, True)
 
 
 class _StopLane(Stop):

@@ -42,7 +42,6 @@ ACT_co = TypeVar(
 )
 Row = TypeVar("Row")
 Row2 = TypeVar("Row2")
-T = TypeVar("T")
 
 Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 Isolation: TypeAlias = (
@@ -591,7 +590,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         """
         fetch = _door.ROWCOUNT
         shot = _door.OneShot(query, params, None, fetch, timeout, query_timeout, sys._getframe(1))
-        return _named("execute", self._way(shot)(self._pool, shot))
+        return _named("PoolManager.execute", self._way(shot)(self._pool, shot))
 
     @overload
     def fetchone(
@@ -637,7 +636,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         shot = _door.OneShot(
             query, params, row_factory, fetch, timeout, query_timeout, sys._getframe(1)
         )
-        return _named("fetchone", self._way(shot)(self._pool, shot))
+        return _named("PoolManager.fetchone", self._way(shot)(self._pool, shot))
 
     @overload
     def fetchall(
@@ -682,7 +681,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         shot = _door.OneShot(
             query, params, row_factory, fetch, timeout, query_timeout, sys._getframe(1)
         )
-        return _named("fetchall", self._way(shot)(self._pool, shot))
+        return _named("PoolManager.fetchall", self._way(shot)(self._pool, shot))
 
     @coroutine_function
     def fetchval(
@@ -705,7 +704,7 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         shot = _door.OneShot(
             query, params, scalar_row, fetch, timeout, query_timeout, sys._getframe(1)
         )
-        return _named("fetchval", self._way(shot)(self._pool, shot))
+        return _named("PoolManager.fetchval", self._way(shot)(self._pool, shot))
 
     def _way(self, shot: _door.OneShot) -> Callable[..., Coroutine[Any, Any, Any]]:
         """Return what runs *shot*, called with the pool and it."""
@@ -714,10 +713,10 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         return _door.by_lane if self._pipeline else _door.by_cursor
 
 
-def _named(method: str, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-    """Let "coroutine ... was never awaited" name the *method* that was called."""
-    cast(Any, coroutine).__qualname__ = f"PoolManager.{method}"
-    return coroutine
+def _named(name: str, coroutine: Any) -> Coroutine[Any, Any, Any]:
+    """Let "coroutine ... was never awaited" give the *name* of the method that was called."""
+    coroutine.__qualname__ = name
+    return coroutine  # type: ignore[no-any-return]
 
 
 def _level(isolation: Isolation | None) -> IsolationLevel | None:

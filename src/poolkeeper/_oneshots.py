@@ -19,7 +19,7 @@ turn comes, for nobody.
 from __future__ import annotations
 
 import asyncio
-from asyncio import _get_running_loop
+from asyncio import _get_running_loop, current_task
 from contextvars import Context
 from time import monotonic
 from types import FunctionType, ModuleType
@@ -100,7 +100,7 @@ class Lanes:
             if life.listeners.of_checkouts:
                 self._tell_joined(lane, shot, 0.0)
             return lane
-        conn = take(life, shot.frame, shot.lineno, True)
+        conn = take(life, shot.frame, shot.lineno, True, self.loop)
         return None if conn is None else self._opened(conn, shot)
 
     async def place(self, shot: OneShot) -> Lane | None:
@@ -129,18 +129,22 @@ class Lanes:
         return best
 
     def _opened(self, conn: Any, shot: OneShot) -> Lane | None:
-        life, shares = self.life, shot.shares
-        if not _is_plain(conn):
+        """Return a lane on *conn*, just acquired; None if that is for psycopg's cursors only."""
+        life, session, shares = self.life, conn._session, shot.shares
+        lane: Lane | None = session.lane
+        if not _is_unpatched() if lane is not None else not _is_plain(conn):
             self.refused = True
             life.counters.requests -= 1  # it asks again
             release(life.pool, conn, False)
             return None
+        if lane is None:
+            lane = session.lane = Lane(self, session)
         try:
-            lane = Lane(self, conn, shares)
+            lane.open(conn, shares)
         except BaseException:
+            session.lane = None
             release(life.pool, conn, False)
             raise
-        lane.users = 1
         if (checkout := lane.checkout).told & ACQUIRED:
             checkout.told &= ~ACQUIRED  # when the lane ends, nobody wants to know
             shot.told, lane.loud = (checkout.caller, checkout.since), True
@@ -249,9 +253,13 @@ def _is_plain(conn: Any) -> bool:
         and conn.cursor_factory is AsyncCursor
         and not conn._notice_handlers
         and not conn._notify_handlers
-        and AsyncCursor.execute is _EXECUTE
-        and AsyncConnection.cursor is _CURSOR
+        and _is_unpatched()
     )
+
+
+def _is_unpatched() -> bool:
+    """Tell whether psycopg's classes are as they were."""
+    return AsyncCursor.execute is _EXECUTE and AsyncConnection.cursor is _CURSOR
 
 
 async def by_lane(pool: Pool, shot: OneShot) -> Any:
@@ -268,7 +276,7 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
         if shot.known.way is not Way.CURSOR and lanes.serve:
             lane = lanes.place_now(shot) or await lanes.place(shot)
             while lane is not None:
-                asked = Asked(shot.known, shot.frame.f_code, shot.lineno)
+                asked = Asked(shot.known, shot.frame.f_code, shot.lineno, current_task(loop))
                 try:
                     if lane.send(asked, shot.query, shot.params, shot.row_factory):
                         if shot.query_timeout is None:
@@ -302,7 +310,7 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
 
 
 def _fetched(shot: OneShot, lane: Lane, asked: Asked) -> Any:
-    result = result_of(lane.conn, asked)
+    result = result_of(asked, lane.converter.connection)
     if (known := asked.known) is not None:  # the clock has not seen it
         if result.ntuples > MANY:
             known.was_slow()

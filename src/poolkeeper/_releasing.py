@@ -130,6 +130,35 @@ def release(
     return unlocked
 
 
+def keep_unseen(life: Life, conn: Any) -> bool:
+    """
+    Give *conn* back as it is, whose handle nobody has seen; False if that takes `release()`.
+
+    Its session's next borrower gets the same handle: there is nobody who could use it late.
+    """
+    session: Session = conn._session
+    checkout: Checkout = conn._checkout
+    if (
+        session.pgconn.transaction_status != IDLE
+        or life.ending
+        or life.oversized
+        or life.check is not None  # which has seen it
+        or life.reset is not None
+        or conn._cancelling
+        or conn._adapters.handed_out
+        or session.expires_at <= checkout.changed_at
+        or not session.parameters_unchanged
+    ):
+        return False
+    now = end_checkout(life, session, checkout)
+    conn._checkout = conn._pool = None
+    if not life.line or not life.line.offer(conn):
+        life.keep(conn)
+    if checkout.told:
+        tell_end(life, checkout, now)
+    return True
+
+
 def _not_from_here(pool: Pool, conn: Any) -> ValueError:
     owner = cast("Pool | None", _compat.owner(conn))
     whose = f'it comes from pool "{owner.name}"' if owner else "it does not come from any pool"

@@ -75,6 +75,7 @@ class Handle(AsyncConnection[Any]):
     _lock_class: ClassVar[type[asyncio.Lock]]
     _released_class: ClassVar[type[Any]]
     _revoked_class: ClassVar[type[Any]]
+    _shown_class: ClassVar[type[Any]]
 
     _session: Session
     _checkout: Checkout | None = None
@@ -92,6 +93,8 @@ class Session:
             and this one was not looked at yet.
         in_pool: True while the pool counts it, so that it must not be lost.
         backend_pid: Process number on the server.
+        lane: On which one-shots use it, kept for the next of them; it knows nothing of the session
+            meanwhile.
         made_at: When it joined the pool.
         returned: The checkout that has ended last, until the session is put right.
         streamed: True if libpq may have been told to give each row as a result of its own.
@@ -118,6 +121,7 @@ class Session:
         "heard_at",
         "in_pool",
         "in_question",
+        "lane",
         "made_at",
         "pgconn",
         "returned",
@@ -218,6 +222,7 @@ class Session:
         self._parameters = now = self._reported_parameters()
         self._expected: tuple[bytes | None, ...] | None = now  # None while in doubt
         self.in_question = False
+        self.lane: Any = None  # it converts by what they were
         return not same
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import decimal
 import functools
+import json
 import random
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -17,10 +18,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import cursor_async
+from psycopg.adapt import Loader
 from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
-from psycopg.types.json import Jsonb
+from psycopg.types.json import Jsonb, set_json_dumps
+from typing_extensions import override
 
-from poolkeeper import ClosedError, LoopMismatchError, PoolManager, QueryTimeout, _lane, _oneshots
+from poolkeeper import (
+    ClosedError,
+    LoopMismatchError,
+    PoolManager,
+    QueryTimeout,
+    ReleasedConnectionError,
+    _converting,
+    _lane,
+    _oneshots,
+)
+from tests.support.inside import life
 from tests.support.lanes import PLAIN, know, lanes, trust
 from tests.support.pooler import PGBOUNCER, pgbouncer
 from tests.support.server import admin, kill_sessions
@@ -717,6 +730,83 @@ async def test_reset_is_called_after_each_one(make_manager: MakeManager) -> None
     async with db:
         await asyncio.gather(*(db.fetchval(PLAIN, (n,)) for n in range(10)))
     assert calls == 10
+
+
+async def test_one_text_takes_whatever_parameters_it_is_given(one: PoolManager[Any]) -> None:
+    query = "select %(a)s::text, '%%', 7"
+    assert await one.fetchone("select '%', 7") == ("%", 7)
+    assert await one.fetchone("select '%%', 7", ()) == ("%", 7)
+    assert await one.fetchone("select '%%', 7") == ("%%", 7)
+    for a in (1, "x", None, 2.5, "x"):
+        row = await one.fetchone(query, {"a": a})
+        assert row == (None if a is None else str(a), "%", 7)
+        with pytest.raises(TypeError):
+            await one.fetchone(query, [a])
+        with pytest.raises(psycopg.ProgrammingError):
+            await one.fetchone(query, {"b": a})
+    for n in range(250):
+        assert await one.fetchval(f"select {n} + %s", (n % 3,)) == n + n % 3
+
+
+async def test_what_a_row_factory_keeps_can_send_nothing(one: PoolManager[Any]) -> None:
+    kept: list[Any] = []
+
+    def keeping(cursor: psycopg.AsyncCursor[Any]) -> Callable[..., Any]:
+        kept.append(cursor.connection)
+        return lambda values: (cursor.connection.info.backend_pid, *values)
+
+    pid = await one.fetchval("select pg_backend_pid()")
+    assert await one.fetchone(PLAIN, (7,), row_factory=keeping) == (pid, 7)
+    for conn in kept:
+        with pytest.raises(ReleasedConnectionError):
+            await conn.execute("select 1")
+        with pytest.raises(ReleasedConnectionError):
+            await conn.cursor().execute("select 1")
+    assert await one.fetchval(PLAIN, (8,)) == 8
+
+
+class Hexadecimal(Loader):
+    """Makes integers of the user's own."""
+
+    @override
+    def load(self, data: Any) -> str:
+        return hex(int(data))
+
+
+async def test_adapters_that_a_block_or_a_row_factory_registers_are_gone_with_it(
+    one: PoolManager[Any],
+) -> None:
+    def registering(cursor: psycopg.AsyncCursor[Any]) -> Callable[..., Any]:
+        cursor.connection.adapters.register_loader("int4", Hexadecimal)
+        return tuple
+
+    assert await one.fetchval(PLAIN, (7,)) == 7
+    assert await one.fetchone(PLAIN, (7,), row_factory=registering) == (7,)
+    assert await one.fetchval(PLAIN, (7,)) == 7
+    async with one.connection() as conn:
+        conn.adapters.register_loader("int4", Hexadecimal)
+        cursor = await conn.execute(PLAIN, (7,))
+        assert await cursor.fetchone() == ("0x7",)
+    assert await one.fetchval(PLAIN, (7,)) == 7
+
+
+async def test_a_new_default_of_psycopgs_is_heard_of(
+    one: PoolManager[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_converting, "LASTS", 0.0)
+    assert await one.fetchval("select %s::jsonb", (Jsonb({"a": 1}),)) == {"a": 1}
+    set_json_dumps(lambda _: "[]")
+    try:
+        assert await one.fetchval("select %s::jsonb", (Jsonb({"a": 1}),)) == []
+    finally:
+        set_json_dumps(json.dumps)
+
+
+async def test_no_answer_is_kept_once_it_was_fetched(one: PoolManager[Any]) -> None:
+    assert await one.fetchval("select repeat('x', %s)", (7,)) == "x" * 7
+    (session,) = life(one.pool).sessions
+    assert session.lane.converter._transformer.pgresult is None
+    assert [query.params for query in session.lane.converter._queries.values()] == [None]
 
 
 @pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
