@@ -14,6 +14,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from rich.console import Console
 from poolkeeper import AcquireTimeout, ConfigError, PoolManager
 from poolkeeper.__main__ import main
 from poolkeeper.cli._views import fitted
-from poolkeeper.live import expose
+from poolkeeper.live import expose, page
 from poolkeeper.live._merge import add_up
 from poolkeeper.live._socket import ask
 
@@ -38,8 +39,10 @@ Top = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where sockets are made and looked for."""
+    """Where sockets are made and looked for; other tests make theirs elsewhere."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / "poolkeeper"
 
 
@@ -123,6 +126,31 @@ async def test_the_socket_is_the_user_s_own_and_there_while_the_pool_is_open(
 
 
 @pytest.mark.filterwarnings("ignore::poolkeeper.DuplicatePoolWarning")
+async def test_a_service_without_a_runtime_directory_is_seen_from_a_login_that_has_one(
+    make_manager: MakeManager, top: Top, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "nowhere"))
+    db = make_manager(min_size=1, name="orders")
+    async with db:
+        with expose(db):
+            (tmp_path / "run").mkdir()
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+            for named in ((), (str(os.getpid()),), (str(tmp_path / f"poolkeeper-{os.getuid()}"),)):
+                status, text = await asyncio.to_thread(top, *named)
+                assert status == 0
+                assert 'pool "orders"' in text
+
+
+async def test_a_pool_that_is_exposed_twice_counts_once(
+    make_manager: MakeManager, directory: Path, top: Top
+) -> None:
+    db = make_manager(min_size=1, name="orders")
+    async with db:
+        with expose(db), expose(db.pool):
+            assert "total=1" in (await asyncio.to_thread(top))[1]
+        assert (await asyncio.to_thread(top))[0] == 1
+
+
 async def test_two_pools_share_the_socket(make_manager: MakeManager, top: Top) -> None:
     one, other = make_manager(min_size=1, name="one"), make_manager(min_size=1, name="other")
     async with one:
@@ -148,6 +176,17 @@ def test_a_directory_of_others_is_refused(tmp_path: Path) -> None:
         expose(PoolManager("host=nowhere"), directory=open_to_all)
     with pytest.raises(ConfigError, match="cannot make"):
         expose(PoolManager("host=nowhere"), directory=tmp_path / "no" / "where")
+
+
+def test_what_is_no_pool_is_refused(directory: Path) -> None:
+    for wrong in (None, "db", object()):
+        with pytest.raises(ConfigError, match=r"cannot show a \w+: it is neither"):
+            expose(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"cannot show a \w+: it is neither"):
+            page(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no pool to show"):
+        page()
+    assert not directory.exists()
 
 
 def test_a_socket_that_nobody_answers_is_taken_away_or_told(directory: Path, top: Top) -> None:

@@ -133,6 +133,11 @@ def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
         Recording.load(path)
 
 
+def test_what_is_no_pool_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot record a str: it is neither"):
+        record("db")  # type: ignore[arg-type]
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         Recording.load(tmp_path / "x")

@@ -28,8 +28,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "sockets",
         nargs="*",
-        metavar="PID|SOCKET",
-        help="processes, by their numbers or sockets; all there are by default",
+        metavar="PID|SOCKET|DIRECTORY",
+        help="processes, by their numbers or sockets, or all in a directory; by default all there"
+        " are where expose() makes them",
     )
     parser.add_argument("--pool", metavar="NAME", help="only pools of this name")
     parser.add_argument("--once", action="store_true", help="show it once and end")
@@ -68,11 +69,19 @@ def _print(chosen: argparse.Namespace, paths: list[Path], shown: Any) -> int:
 
 
 def _paths(named: list[str]) -> list[Path]:
-    from poolkeeper.live._socket import SUFFIX, sockets
+    """Return sockets, and directories of them."""
+    from poolkeeper.live._socket import SUFFIX, directories, is_own
 
+    places = directories()
+    if not named:
+        return [place for place in places if is_own(place)] or places[:1]
     return [
-        sockets() / f"{name}{SUFFIX}" if name.isdecimal() else Path(name) for name in named
-    ] or [sockets()]
+        next((path for path in paths if path.exists()), paths[0])
+        for paths in (
+            [place / f"{name}{SUFFIX}" for place in places] if name.isdecimal() else [Path(name)]
+            for name in named
+        )
+    ]
 
 
 def _look(paths: list[Path], pool: str | None) -> tuple[list[State], list[str]]:
@@ -99,10 +108,10 @@ def _look(paths: list[Path], pool: str | None) -> tuple[list[State], list[str]]:
 
 
 def _files(paths: list[Path]) -> Iterator[Path]:
-    from poolkeeper.live._socket import SUFFIX, sockets
+    from poolkeeper.live._socket import SUFFIX
 
     for path in paths:
-        if path.is_dir() or path == sockets():
+        if path.suffix != SUFFIX and not path.is_socket():
             yield from sorted(path.glob(f"*{SUFFIX}"))
         else:
             yield path

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poolkeeper import BoundPool, PoolManager, events
+from poolkeeper import BoundPool, ConfigError, PoolManager, events
 
 MOST_SITES = 200
 """Call sites that are told apart; what comes from any other is counted as one."""
@@ -66,10 +66,13 @@ class Observer:
 
     Args:
         pool: The manager, or its pool.
+
+    Raises:
+        ConfigError: If *pool* is none.
     """
 
     def __init__(self, pool: PoolManager[Any] | BoundPool[Any]) -> None:
-        self.pool: BoundPool[Any] = pool.pool if isinstance(pool, PoolManager) else pool
+        self.pool: BoundPool[Any] = _bound(pool)
         self._sites: dict[str, Site] = {}
         self._seconds: deque[Second] = deque(maxlen=SECONDS)
         self._errors: dict[tuple[str, str], tuple[float, int, str]] = {}
@@ -212,6 +215,16 @@ _TOLD = (
     "next_attempt_seconds",
 )  # fmt: skip
 """What is told of a snapshot."""
+
+
+def _bound(pool: PoolManager[Any] | BoundPool[Any]) -> BoundPool[Any]:
+    found = pool.pool if isinstance(pool, PoolManager) else pool
+    if not isinstance(found, BoundPool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"cannot show a {type(pool).__name__}: it is neither a PoolManager nor a BoundPool",
+            parameter="pool",
+        )
+    return found
 
 
 def _program() -> str:

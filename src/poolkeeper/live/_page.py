@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from importlib.resources import files
 from typing import Any, TypeAlias
 
-from poolkeeper import BoundPool, PoolManager
+from poolkeeper import BoundPool, ConfigError, PoolManager
 
 from ._observer import Observer
 
@@ -61,10 +61,15 @@ def page(*pools: PoolManager[Any] | BoundPool[Any]) -> Page:
     with several workers behind one port each answer is of one of them.
 
     Args:
-        pools: The managers, or their pools.
+        pools: The managers, or their pools; one that is given twice is shown once.
+
+    Raises:
+        ConfigError: If there is none, or something is no pool.
 
     .. versionadded:: 0.1.0
     """
+    if not pools:
+        raise ConfigError("there is no pool to show", parameter="pools", hint="page(manager)")
     return Page(pools)
 
 
@@ -72,7 +77,8 @@ class Page:
     """What `page()` returns."""
 
     def __init__(self, pools: Iterable[PoolManager[Any] | BoundPool[Any]]) -> None:
-        self._observers = [Observer(pool) for pool in pools]
+        observers = {(observer := Observer(pool)).pool: observer for pool in pools}
+        self._observers = list(observers.values())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -83,7 +83,8 @@ def expose(
 
     No query, parameter or connection string is told. The socket is there while the pool is open;
     whoever may read this user's files may ask it, nobody else. May be called at import time, and
-    before a fork. Costs what a subscriber costs: some microseconds for each checkout.
+    before a fork; again for the same pool, which is told of once. Costs what a subscriber costs:
+    some microseconds for each checkout.
 
     Args:
         pool: The manager, or its pool.
@@ -91,7 +92,8 @@ def expose(
             looks if None.
 
     Raises:
-        ConfigError: If there are no Unix sockets here, or others may write to *directory*.
+        ConfigError: If *pool* is none, there are no Unix sockets here, or others may write to
+            *directory*.
 
     .. versionadded:: 0.1.0
     """
@@ -100,29 +102,43 @@ def expose(
             "there are no Unix sockets here",
             hint="Mount poolkeeper.live.page() in the application instead",
         )
-    where = sockets() if directory is None else Path(directory)
+    observer = Observer(pool)
+    where = directories()[0] if directory is None else Path(directory)
     _make_own(where)
-    return Exposed(Observer(pool), _serving(where))
+    return Exposed(observer, _serving(where))
 
 
-def sockets() -> Path:
-    """Return the directory of this user's sockets, which need not be there."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
-        return Path(runtime) / "poolkeeper"
-    return Path(tempfile.gettempdir()) / f"poolkeeper-{os.getuid()}"
+def directories() -> list[Path]:
+    """
+    Return where this user's sockets may be; they are made in the first one.
+
+    A service has no ``XDG_RUNTIME_DIR`` where a login has one: so both are looked into.
+    """
+    user = os.getuid()
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
+    found = [runtime / "poolkeeper"] if is_own(runtime) else []
+    return [*found, Path(tempfile.gettempdir()) / f"poolkeeper-{user}"]
+
+
+def is_own(directory: Path) -> bool:
+    """Tell whether *directory* is there, and this user's: in /tmp anybody may make one."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _make_own(directory: Path) -> None:
     """Make the directory, unless it is there; refuse one that others may write to."""
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        found = directory.lstat()
+        mode = directory.lstat().st_mode
     except OSError as error:
         raise ConfigError(
             f"cannot make {str(directory)!r}", parameter="directory", detail=str(error.strerror)
         ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not is_own(directory) or mode & 0o022:
         raise ConfigError(
             f"{str(directory)!r} is not this user's own",
             parameter="directory",
@@ -232,7 +248,7 @@ class _Serving:
 
     def _told(self) -> bytes:
         states: list[dict[str, Any]] = []
-        for observer in list(self._observers):
+        for observer in {observer.pool: observer for observer in self._observers.copy()}.values():
             try:
                 states.append(observer.state())
             except Exception as error:  # the others are told of all the same

@@ -207,11 +207,17 @@ def record(pool: PoolManager[Any] | BoundPool[Any], *, most: int = MOST) -> Reco
         most: How many acquires are kept, the last ones: some 100 bytes each.
 
     Raises:
-        ConfigError: If *most* is less than 2.
+        ConfigError: If *pool* is none, or *most* less than 2.
 
     .. versionadded:: 0.1.0
     """
+    # Not by its class: PoolManager.advise() imports this.
     of: BoundPool[Any] = getattr(pool, "pool", cast(Any, pool))
+    if not hasattr(of, "subscribe"):
+        raise ConfigError(
+            f"cannot record a {type(pool).__name__}: it is neither a PoolManager nor a BoundPool",
+            parameter="pool",
+        )
     recording = Recording(of.name, of.max_size, most=most).follow(of)
     _recordings[of] = recording
     return recording
