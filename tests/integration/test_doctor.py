@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -21,7 +23,7 @@ import pytest
 
 from poolkeeper.__main__ import main
 from poolkeeper._embedded import EmbeddedServer, free_port
-from poolkeeper.cli import _way
+from poolkeeper.cli import _examination, _way
 from tests.support.certificates import Authority
 from tests.support.pooler import MODES, PGBOUNCER, pgbouncer, pgbouncer_version
 from tests.support.server import PASSWORD, admin
@@ -273,6 +275,29 @@ def odd_server() -> Iterator[EmbeddedServer]:
     (server._data / "standby.signal").touch()
     with server:
         yield server
+
+
+@pytest.mark.parametrize(
+    ("released", "ok", "advice"),
+    [(6, False, "Not maintained since November 20"), (5, True, "Maintained until"), (3, True, "")],
+)
+async def test_a_version_is_wrong_when_it_is_no_longer_maintained(
+    monkeypatch: pytest.MonkeyPatch, released: int, ok: bool, advice: str
+) -> None:
+    """As of a day in August, when so many years have passed since it came out, in autumn."""
+
+    class Then(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2029, 8, 20)
+
+    monkeypatch.setattr(_examination, "date", Then)
+    info = SimpleNamespace(server_version=(2029 - released - 2007) * 10000 + 3)
+    conn = SimpleNamespace(info=info, pgconn=SimpleNamespace(ssl_in_use=False))
+    found = await _examination._version(conn, None, None)
+    assert found.ok is ok
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) is bool(advice)
 
 
 @pytest.mark.fault

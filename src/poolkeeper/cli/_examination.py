@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import date, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +32,11 @@ from poolkeeper import ConfigError, ConnectionBudgetWarning, OpenError, PoolMana
 from ._way import is_here, servers, since, way_to
 from .doctor import Step
 
-OLDEST = 13
-"""The oldest PostgreSQL that psycopg 3.3 is made for, and that is not out of service for long."""
 MOST_SKEW = 1.0
 """Seconds by which two clocks may differ."""
 ROUND_TRIPS = 20
+SOON = 180
+"""Days before the last release of a version from which that is said."""
 LONG_IDLE = 300
 """Seconds without a word after which firewalls forget a connection, or sooner."""
 
@@ -259,9 +260,17 @@ async def _version(conn: Any, _db: Any, _params: Any) -> Found:
     number = conn.info.server_version
     said = f"PostgreSQL {number // 10000}.{number % 10000}"
     encrypted = ", by TLS" if conn.pgconn.ssl_in_use else ""
-    if number // 10000 < OLDEST:
-        return Found(False, said, "No longer maintained: upgrade.")
+    ends = maintained_until(number // 10000)
+    if ends < date.today():
+        return Found(False, said + encrypted, f"Not maintained since {ends:%B %Y}: upgrade.")
+    if ends < date.today() + timedelta(days=SOON):
+        return Found(True, said + encrypted, f"Maintained until {ends:%B %Y}: upgrade in time.")
     return Found(True, said + encrypted)
+
+
+def maintained_until(version: int) -> date:
+    """Return when a version of PostgreSQL has its last release: five years after its first."""
+    return date(2012 + version, 11, 15)
 
 
 async def _role(conn: Any, _db: Any, params: dict[str, str]) -> Found:
