@@ -110,9 +110,11 @@ class Wire:
 
         uvloop does not call for a socket that has failed (a connection that was reset, say), and
         watches it no more (0.23). psycopg finds that out by a timer for each exchange.
+
+        And this timer keeps who waits: of a task, asyncio itself keeps no more than a weak
+        reference, and that of an ``aclose()`` after a stream that was dropped is nobody else's.
         """
-        reference: weakref.ref[Wire] = weakref.ref(self)
-        loop.call_later(LOOK, _look, reference, context=Context())
+        loop.call_later(LOOK, self.look, context=Context())
         self.looking = True
 
     def look(self) -> None:
@@ -263,11 +265,6 @@ def _on_readable(reference: weakref.ref[Wire]) -> None:
         wire.unwatch()  # the descriptor stays: in a pipeline, the next step may watch it again
     elif not waiter.done():
         waiter.set_result(READABLE)
-
-
-def _look(reference: weakref.ref[Wire]) -> None:
-    if (wire := reference()) is not None:
-        wire.look()
 
 
 def _wake(waiter: asyncio.Future[int], ready: int) -> None:

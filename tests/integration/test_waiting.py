@@ -364,3 +364,22 @@ def test_a_loop_that_ends_with_its_pool_open_leaves_no_descriptor(dsn: str, loop
     """
     ended = run_program(source, dsn, loop=loop_name, timeout=60)
     assert (ended.code, ended.out) == (0, "0\n"), ended.err
+
+
+async def test_whoever_waits_for_the_server_is_kept_as_psycopg_keeps_him(dsn: str) -> None:
+    """A task that nobody refers to: the ``aclose()`` of a stream that was dropped, say."""
+    answers: list[Any] = []
+
+    async def ask() -> None:
+        async with PoolManager(dsn, min_size=1, max_size=1, name="orders") as db:
+            answers.append(await db.fetchone("select 42 from pg_sleep(0.5)", query_timeout=60))
+            async with db.connection() as conn:
+                await conn.execute("select 42 from pg_sleep(0.5)")
+            answers.append((42,))
+
+    asyncio.create_task(ask())  # noqa: RUF006
+    async with asyncio.timeout(20):
+        while len(answers) < 2:
+            gc.collect()
+            await asyncio.sleep(0.05)
+    assert answers == [(42,), (42,)]
