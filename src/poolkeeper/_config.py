@@ -18,12 +18,12 @@ UNLIMITED = 1_000_000
 """What `max_size` of a null pool is in place of 0: nobody has so many."""
 
 
-def bad(parameter: str, value: object, wanted: str) -> ConfigError:
+def bad(parameter: str, value: object, wanted: str, advice: str = "") -> ConfigError:
     return ConfigError(
         f"{parameter} cannot be {value!r}",
         parameter=parameter,
         detail=f"It takes {wanted}.",
-        hint=see("config"),
+        hint=f"{advice} {see('config')}".strip(),
     )
 
 
@@ -129,9 +129,18 @@ def _conninfo_of(given: Any) -> Any:
     """Return what libpq takes, or the function that it comes from."""
     if isinstance(given, str):
         return _conninfo.normalise(given)
+    wanted = "a string or a function that returns one"
+    if given is None:
+        raise bad("conninfo", None, wanted, _UNSET)
     if not callable(given):
-        raise bad("conninfo", cast(Any, type(given)), "a string or a function that returns one")
+        raise bad("conninfo", cast(Any, type(given)), wanted)
     return given
+
+
+_UNSET = (
+    "Probably an environment variable that is not set: os.environ.get() returns None then, where"
+    ' os.environ["DATABASE_URL"] raises.'
+)
 
 
 def _kwargs_of(given: Any) -> Any:

@@ -729,3 +729,14 @@ def _level(isolation: Isolation | None) -> IsolationLevel | None:
     except (KeyError, ValueError):
         names = ", ".join(f'"{level.name.replace("_", " ").lower()}"' for level in IsolationLevel)
         raise bad("isolation", isolation, f"one of {names}, or an IsolationLevel") from None
+
+
+def require_manager(given: object) -> None:
+    """
+    Refuse what is no manager, where one is to be given: a connection string, say, or a pool.
+
+    Raises:
+        ConfigError: With its type only: it may hold a password.
+    """
+    if not isinstance(given, PoolManager):
+        raise bad("manager", type(given), "a PoolManager, such as PoolManager(conninfo)")

@@ -31,7 +31,7 @@ from . import _door
 from ._binding import inherited
 from ._calls import Call, PortalFuture, PortalThread
 from ._config import require_callable, require_number
-from ._manager import ACT_co, PoolManager, Row, Row2
+from ._manager import ACT_co, PoolManager, Row, Row2, require_manager
 from ._where import Place, call_site, warn_user
 from .errors import (
     BlockedLoopWarning,
@@ -71,7 +71,7 @@ class Portal(Generic[ACT_co]):
             if None, which is what psycopg works on, on Windows too.
 
     Raises:
-        ConfigError: If *loop_factory* cannot be called.
+        ConfigError: If *manager* is none, or *loop_factory* cannot be called.
 
     .. versionadded:: 0.1.0
     """
@@ -85,6 +85,7 @@ class Portal(Generic[ACT_co]):
         *,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     ) -> None:
+        require_manager(manager)
         require_callable(loop_factory=loop_factory)
         self._manager = manager
         self._loop_factory = loop_factory or asyncio.SelectorEventLoop

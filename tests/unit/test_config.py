@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
 import re
 import socket
 import threading
@@ -18,7 +19,8 @@ import pytest
 from psycopg import AsyncConnection, IsolationLevel
 from psycopg.rows import DictRow, dict_row
 
-from poolkeeper import ConfigError, PoolManager
+from poolkeeper import ConfigError, PoolManager, Portal
+from poolkeeper.adapters.generic import lifespan
 from poolkeeper.errors import see
 
 
@@ -164,6 +166,28 @@ def test_the_error_says_what_would_work(arguments: dict[str, Any], text: str) ->
     with pytest.raises(ConfigError) as caught:
         PoolManager(**arguments)
     assert str(caught.value) == f"{text}\nHINT:  {see('config')}"
+
+
+def test_no_conninfo_is_probably_a_variable_that_is_not_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    conninfo: Any = os.environ.get("DATABASE_URL")
+    with pytest.raises(ConfigError) as caught:
+        PoolManager(conninfo)
+    assert caught.value.args == ("conninfo cannot be None",)
+    assert "Probably an environment variable that is not set" in str(caught.value)
+
+
+def test_what_is_no_manager_is_refused_where_one_is_wanted_without_a_word_of_what_it_is() -> None:
+    url: Any = "postgresql://me:sEcr3t@db/shop"
+    for make in (Portal, lifespan):
+        with pytest.raises(ConfigError) as caught:
+            make(url)
+        assert str(caught.value) == (
+            "manager cannot be <class 'str'>\nDETAIL:  It takes a PoolManager, such as"
+            f" PoolManager(conninfo).\nHINT:  {see('config')}"
+        )
 
 
 @pytest.mark.parametrize("name", ["row_factory", "autocommit", "prepare_threshold"])

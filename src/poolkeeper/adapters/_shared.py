@@ -29,6 +29,7 @@ from poolkeeper import (
     PoolManager,
 )
 from poolkeeper._log import log as log
+from poolkeeper._manager import require_manager as require_manager
 from poolkeeper._where import Behalf, Handler
 from poolkeeper._where import Route as Route
 from poolkeeper._where import asker as asker
@@ -97,6 +98,7 @@ class Span:
     """
 
     def __init__(self, manager: PoolManager[Any], site: str | None = None) -> None:
+        require_manager(manager)
         self.manager = manager
         self._site = site or call_site()
         hide_from_pytest()  # the adapter is loaded by now
@@ -160,11 +162,13 @@ def lifespan(
             each further manager: ``lifespan(db, lifespan(reports, key="reports"))``.
 
     Raises:
+        ConfigError: If *manager* is none.
         OpenError: On start-up, with the server's reason.
         LoopMismatchError: On start-up, if the manager is open on another loop.
 
     .. versionadded:: 0.1.0
     """
+    require_manager(manager)  # now, at the line that has given it
     site = call_site()
 
     @asynccontextmanager
