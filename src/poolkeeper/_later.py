@@ -20,6 +20,16 @@ from importlib import import_module
 from typing import Any
 
 
+class Later:
+    """Stands for the module *room*, for annotations that name it."""
+
+    def __init__(self, room: str) -> None:
+        self._room = room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._room, __package__), name)
+
+
 def later(module: str, *rooms: str) -> Callable[[str], Any]:
     """Return ``__getattr__()`` for *module*: what it has not is looked for in *rooms*, in order."""
 

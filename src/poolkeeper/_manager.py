@@ -17,12 +17,14 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, cast, overload
 
 from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
+from psycopg import sql as sql  # psycopg.abc.Query names it
 from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow, scalar_row
 from typing_extensions import TypeVar
 
 from . import _door, _facts
 from ._config import bad, refuse_misplaced, require_flag, require_number
+from ._later import Later
 from ._pool import BoundPool
 from ._where import Behalf, code_behind, coroutine_function
 from .errors import (
@@ -33,8 +35,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import events
-    from .sizing import Advice
+    from . import events, sizing
+else:
+    sizing = Later(".sizing")
 
 EventT = TypeVar("EventT", bound="events.Event")
 ACT_co = TypeVar(
@@ -277,7 +280,9 @@ class PoolManager(_TellsOfMisplaced, Generic[ACT_co]):
         return self._pool.subscribe(callback, *kinds)
 
     @briefly
-    async def advise(self, sizes: Sequence[int] | None = None, target: float = 0.010) -> Advice:
+    async def advise(
+        self, sizes: Sequence[int] | None = None, target: float = 0.010
+    ) -> sizing.Advice:
         """
         Estimate how long acquires would wait, for each size of the pool.
 

@@ -23,6 +23,7 @@ from typing import Any, Generic, Self, TypeVar, TypeVarTuple, cast, overload
 
 import psycopg
 from psycopg import AsyncConnection
+from psycopg import sql as sql  # psycopg.abc.Query names it
 from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, scalar_row
 from typing_extensions import override

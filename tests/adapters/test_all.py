@@ -13,6 +13,7 @@ import pytest
 import poolkeeper
 import poolkeeper.adapters
 from poolkeeper import PoolkeeperError
+from tests.support.hints import hints_missing
 from tests.workers.tools import WORKERS
 
 from .conformance import ADAPTERS, Conformance
@@ -70,8 +71,9 @@ def test_adapters_share_only_the_public_api_and_one_private_module(path: Path) -
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_public_name_is_documented(path: Path) -> None:
+def test_every_public_name_is_documented_and_has_its_type_hints(path: Path) -> None:
     module = importlib.import_module(f"poolkeeper.adapters.{path.stem}")
+    assert not hints_missing(module)
     for name in module.__all__:
         value = getattr(module, name)
         if inspect.isfunction(value) or inspect.isclass(value):

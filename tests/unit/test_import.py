@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import poolkeeper
+from tests.support.hints import hints_missing
 
 # Optional dependencies, and what the adapters of the future stand on.
 FOREIGN = {
@@ -221,6 +222,11 @@ def test_type_hints_are_found() -> None:
         "Health",
         "poolkeeper._diagnosis.Diagnosis | None",
     ]
+
+
+@pytest.mark.parametrize("name", ["", ".errors", ".events", ".live", ".sizing", ".testing"])
+def test_all_that_is_public_can_be_asked_for_its_type_hints(name: str) -> None:
+    assert not hints_missing(importlib.import_module(f"poolkeeper{name}"))
 
 
 def test_an_import_needs_only_what_psycopg_pool_needs_and_the_standard_library() -> None:

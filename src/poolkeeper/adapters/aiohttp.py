@@ -15,6 +15,7 @@ async def count(request: web.Request) -> web.Response:
 from __future__ import annotations
 
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -37,7 +38,6 @@ from ._shared import (
 
 with requires("aiohttp"):
     from aiohttp import web
-    from aiohttp.typedefs import Handler
 
 __all__ = [
     "KEY",
@@ -193,7 +193,9 @@ routes_are_told_by(lambda found: _route(found) if isinstance(found, web.Request)
 
 
 @web.middleware
-async def exhausted(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def exhausted(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """
     Answer 503, with ``Retry-After``, where no connection could be had: `NoConnectionError`.
 

@@ -16,13 +16,13 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
+from poolkeeper import BoundPool, PoolManager
 from poolkeeper.errors import ConfigError
 
 from ._advice import TARGET, Advice, advise
 from ._workload import Use, Workload, require
 
 if TYPE_CHECKING:
-    from poolkeeper import BoundPool, PoolManager
     from poolkeeper.events import Acquired, Event, GaveUp, Released, TimedOut
 
 MOST = 20_000
