@@ -27,10 +27,12 @@ from rich.console import Console
 
 from poolkeeper import AcquireTimeout, ConfigError, PoolManager
 from poolkeeper.__main__ import main
+from poolkeeper._embedded import free_port
 from poolkeeper.cli._views import fitted
 from poolkeeper.live import expose, page
 from poolkeeper.live._merge import add_up
 from poolkeeper.live._socket import ask
+from tests.support.waiting import until as until_there
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -282,6 +284,25 @@ def test_in_a_terminal_it_is_drawn_until_it_is_interrupted(
         assert process.wait(30) == 130
     os.close(ours)
     assert b"shop" in shown
+
+
+async def test_a_pool_that_cannot_connect_is_shown_with_the_reason_once(
+    make_manager: MakeManager, top: Top
+) -> None:
+    db = make_manager(f"host=127.0.0.1 port={free_port()}", min_size=1, max_size=1, name="orders")
+    with expose(db) as exposed:
+        await db.open(wait=False)
+        waiter = asyncio.create_task(waits(db))
+        await until_there(lambda: db.snapshot().waiting and exposed.path.exists())
+        status, text = await asyncio.to_thread(top)
+        waiter.cancel()
+        await asyncio.wait([waiter])
+        await db.close()
+    assert status == 0
+    head = text.partition("in use:")[0].partition("waiting:\n")[0]
+    assert head.count("Connection refused") == 1
+    assert "no connection can be made: connection failed" in head
+    assert re.search(r'^pool "orders": .* \(opening\)$', head, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("lines", "rows"), [(60, {12}), (26, {*range(2, 12)}), (10, {1})])

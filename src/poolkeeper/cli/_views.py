@@ -74,9 +74,14 @@ def _numbers(pool: State) -> str:
 
 
 def _warnings(pool: State) -> list[str]:
+    errors = pool["last_errors"]
     return [
-        *(f"cause: {cause}" for cause in pool["causes"]),
-        *(f"no connection can be made: {error}" for error in pool["last_errors"]),
+        *(
+            f"cause: {cause}"
+            for cause in pool["causes"]
+            if not any(error in cause for error in errors)
+        ),
+        *(f"no connection can be made: {error}" for error in errors),
     ]
 
 

@@ -42,7 +42,10 @@ class Exposed:
     def __init__(self, observer: Observer, serving: _Serving) -> None:
         self._observer = observer
         self._serving = serving
-        self._unsubscribe = observer.pool.subscribe(self._hear, events.Opened, events.Closed)
+        # One that cannot connect is not open yet, and to be looked at nevertheless.
+        self._unsubscribe = observer.pool.subscribe(
+            self._hear, events.Opened, events.ConnectFailed, events.Closed
+        )
         if observer.pool.snapshot().state == "open":
             serving.add(observer)
 
@@ -69,10 +72,10 @@ class Exposed:
         self.close()
 
     def _hear(self, event: events.Event) -> None:
-        if isinstance(event, events.Opened):
-            self._serving.add(self._observer)
-        else:
+        if isinstance(event, events.Closed):
             self._serving.remove(self._observer)
+        else:
+            self._serving.add(self._observer)
 
 
 def expose(
@@ -81,10 +84,10 @@ def expose(
     """
     Let ``poolkeeper top`` see a pool: its numbers, waits, holders and call sites.
 
-    No query, parameter or connection string is told. The socket is there while the pool is open;
-    whoever may read this user's files may ask it, nobody else. May be called at import time, and
-    before a fork; again for the same pool, which is told of once. Costs what a subscriber costs:
-    some microseconds for each checkout.
+    No query, parameter or connection string is told. The socket is there while the pool is open,
+    and once it has tried to connect in vain; whoever may read this user's files may ask it, nobody
+    else. May be called at import time, and before a fork; again for the same pool, which is told of
+    once. Costs what a subscriber costs: some microseconds for each checkout.
 
     Args:
         pool: The manager, or its pool.
