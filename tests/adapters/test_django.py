@@ -17,7 +17,7 @@ import httpx
 import psycopg
 import pytest
 from asgi_lifespan import LifespanManager
-from asgiref.sync import async_to_sync, markcoroutinefunction
+from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.core.asgi import get_asgi_application
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
@@ -160,7 +160,7 @@ class ConflictMiddleware:
 
     def __init__(self, get_response: Any) -> None:
         self.get_response = get_response
-        if asyncio.iscoroutinefunction(get_response):
+        if iscoroutinefunction(get_response):
             markcoroutinefunction(self)
 
     def __call__(self, request: HttpRequest) -> Any:
