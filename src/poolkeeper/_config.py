@@ -27,10 +27,12 @@ def bad(parameter: str, value: object, wanted: str, advice: str = "") -> ConfigE
     )
 
 
-def require_callable(**callbacks: object) -> None:
+def require_callable(
+    wanted: str = "an async function that is called with one argument", /, **callbacks: object
+) -> None:
     for parameter, value in callbacks.items():
         if value is not None and not callable(value):
-            raise bad(parameter, value, "an async function that is called with one argument")
+            raise bad(parameter, value, wanted)
 
 
 def require_number(**seconds: object) -> None:

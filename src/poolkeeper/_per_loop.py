@@ -41,7 +41,14 @@ from ._life import Life
 from ._manager import ACT_co, PoolManager
 from ._sessions import Sessions
 from ._where import Place, call_site, describe_loop, running_loop, site, warn_user
-from .errors import LoopMismatchError, LoopPerCallWarning, OpenError, briefly, see
+from .errors import (
+    ConfigError,
+    LoopMismatchError,
+    LoopPerCallWarning,
+    OpenError,
+    briefly,
+    see,
+)
 
 ACTIVE = pq.TransactionStatus.ACTIVE
 
@@ -79,7 +86,7 @@ class PoolPerLoop(Generic[ACT_co]):
     """
 
     def __init__(self, make: Callable[[], PoolManager[ACT_co]], *, budget: int) -> None:
-        require_callable(make=make)
+        require_callable("a function that makes a manager: lambda: PoolManager(...)", make=make)
         require_integer(budget=(budget, 1))
         self._make = make
         self._budget = budget
@@ -92,6 +99,8 @@ class PoolPerLoop(Generic[ACT_co]):
         self._shares: dict[asyncio.AbstractEventLoop, Share] = {}
         self._leaving: list[Sessions] = []
         """Sessions of loops that have ended, whose processes on the server may not have yet."""
+        self._made: weakref.WeakSet[PoolManager[Any]] = weakref.WeakSet()
+        """What *make* has returned."""
         self._waiting = 0
         """How many loops wait for a share."""
         self._short_lives: Counter[str] = Counter()
@@ -122,6 +131,7 @@ class PoolPerLoop(Generic[ACT_co]):
 
         Raises:
             LoopMismatchError: If no loop is running.
+            ConfigError: If *make* returns no manager, or one that it has returned before.
             OpenError: If the pool cannot be opened, or if nothing of the budget was free within
                 the manager's `open_timeout`; says which loops have how much.
 
@@ -158,11 +168,27 @@ class PoolPerLoop(Generic[ACT_co]):
 
     def _admit(self, loop: asyncio.AbstractEventLoop) -> Share:
         self._bury()
-        share = Share(self._make(), loop, self._lock)
+        share = Share(self._new_manager(), loop, self._lock)
         self._warn_of_loop_per_call(share)
         with self._lock:
             self._shares[loop] = share
         return share
+
+    def _new_manager(self) -> PoolManager[ACT_co]:
+        manager = self._make()
+        what = f"a {type(manager).__name__}"
+        if isinstance(cast(object, manager), PoolManager):
+            with self._lock:
+                if manager not in self._made:
+                    self._made.add(manager)
+                    return manager
+            what = "the manager of another loop"
+        raise ConfigError(
+            f"make has returned {what}",
+            parameter="make",
+            detail="Each loop has a manager of its own, which is made when the loop asks first.",
+            hint=f"Let it make one: lambda: PoolManager(...). {see('config')}",
+        )
 
     async def _get_ready(self, share: Share) -> bool:
         """Grant what is free to *share*, and open its pool; return False if it is over."""

@@ -37,6 +37,7 @@ from ._where import Place, call_site, warn_user
 from .errors import (
     BlockedLoopWarning,
     ClosedError,
+    ConfigError,
     LoopMismatchError,
     PoolkeeperError,
     briefly,
@@ -87,7 +88,7 @@ class Portal(Generic[ACT_co]):
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     ) -> None:
         require_manager(manager)
-        require_callable(loop_factory=loop_factory)
+        require_callable("what makes an event loop", loop_factory=loop_factory)
         self._manager = manager
         self._loop_factory = loop_factory or asyncio.SelectorEventLoop
         self._site = call_site()
@@ -126,6 +127,7 @@ class Portal(Generic[ACT_co]):
                 cancelled then, and waited for.
 
         Raises:
+            ConfigError: If *function* is none, but what one has returned.
             CallTimeout: If it took longer than *timeout*. A `TimeoutError`.
             LoopMismatchError: If called on the portal's own loop.
             ClosedError: If the portal is closed, or is closed meanwhile.
@@ -135,6 +137,8 @@ class Portal(Generic[ACT_co]):
 
         .. versionadded:: 0.1.0
         """
+        if not callable(function):
+            raise _called_already(function, "run")
         call: Call[T] = Call(cast(Any, function), args, timeout, sys._getframe(1))
         error = self._wait_for(call)
         if error is None:
@@ -153,10 +157,13 @@ class Portal(Generic[ACT_co]):
             ended: whoever waits for it then knows that nothing goes on.
 
         Raises:
+            ConfigError: If *function* is none, but what one has returned.
             ClosedError: If the portal is closed.
 
         .. versionadded:: 0.1.0
         """
+        if not callable(function):
+            raise _called_already(function, "submit")
         call: Call[T] = Call(cast(Any, function), args, None, sys._getframe(1))
         call.future = future = PortalFuture(call)
         self._send(call)
@@ -441,6 +448,19 @@ class Portal(Generic[ACT_co]):
             hint='This code runs on the loop already: await the manager here, as in "await'
             f' manager.fetchval(...)". {see("loop-mismatch")}',
         )
+
+
+def _called_already(what: Any, method: str) -> ConfigError:
+    name = getattr(what, "__name__", "function")
+    if asyncio.iscoroutine(what):
+        what.close()  # Python would warn that nobody has awaited it
+    return ConfigError(
+        f"{method}() cannot call a {type(what).__name__}",
+        parameter="function",
+        detail="It takes the async function, which is called on the loop, and its arguments.",
+        hint=f"Write portal.{method}({name}, ...), not portal.{method}({name}(...))."
+        f" {see('config')}",
+    )
 
 
 # --- the end of a process, and the beginning of another -------------------------------------------

@@ -295,6 +295,18 @@ def test_no_loop_and_no_budget_are_refused(make_pools: MakePools) -> None:
         PoolPerLoop("postgresql://", budget=1)  # type: ignore[arg-type]
 
 
+def test_make_is_to_make_a_manager_for_each_loop(dsn: str) -> None:
+    """One manager for all is told so, rather than that it is bound to another loop."""
+    db = PoolManager(dsn, min_size=1, name=NAME)
+    pools = PoolPerLoop(lambda: db, budget=4)
+    asyncio.run(use(pools))
+    with pytest.raises(ConfigError, match="make has returned the manager of another loop"):
+        asyncio.run(use(pools))
+    wrong: Any = PoolPerLoop(lambda: dsn, budget=4)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match="make has returned a str"):
+        asyncio.run(use(wrong))
+
+
 def test_a_pool_that_cannot_be_opened_takes_nothing(dsn: str) -> None:
     wrong = psycopg.conninfo.make_conninfo(dsn, user="nobody_there")
     pools = PoolPerLoop(lambda: PoolManager(wrong, name=NAME), budget=4)

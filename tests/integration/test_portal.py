@@ -39,7 +39,7 @@ def make_portal(dsn: str) -> Iterator[MakePortal]:
     made: list[Portal[Any]] = []
 
     def make(conninfo: str = dsn, **arguments: Any) -> Portal[Any]:
-        db = PoolManager(conninfo, min_size=1, max_size=2, name="orders", timeout=5, open_timeout=5)
+        db = PoolManager(conninfo, min_size=1, max_size=2, name="orders", timeout=30)
         made.append(Portal(db, **arguments))
         return made[-1]
 
@@ -176,6 +176,21 @@ def test_a_factory_that_fails_is_told_to_the_caller(make_portal: MakePortal) -> 
 
     with pytest.raises(RuntimeError, match="no loop today"):
         make_portal(loop_factory=fail).fetchval("select 1")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_function_or_no_manager_is_refused_at_once(portal: Portal) -> None:
+    """Nothing begins, nothing is left unawaited, and no connection string is repeated."""
+
+    async def put() -> None: ...
+
+    for call in (portal.run, portal.submit):
+        with pytest.raises(ConfigError, match=rf"Write portal.{call.__name__}\(put, \.\.\.\)"):
+            call(put())  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="manager cannot be <class 'str'>") as refused:
+        Portal("postgresql://me:secret@localhost")  # type: ignore[arg-type]
+    assert "secret" not in str(refused.value)
+    assert portal.manager.state == "new"
 
 
 # --- what ends a call before it is over ---------------------------------------------------------

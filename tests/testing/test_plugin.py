@@ -102,6 +102,9 @@ async def test_without_a_pool_tasks_are_nobodys_business():
 async def test_mismatch(db):
     await db.fetchval("select 1")
 
+async def test_loop_in_a_thread(narrow):
+    await asyncio.to_thread(lambda: asyncio.run(narrow.fetchval("select 1")))
+
 async def test_committed(fresh_database):
     async with PoolManager(fresh_database, min_size=1) as db:
         await db.execute("insert into things values (1)")
@@ -122,6 +125,7 @@ LINES = {
     "test_task_on_own_loop": r'Task ".*" goes on at test_it.py:9',
     "test_mismatch": "asyncio_default_fixture_loop_scope = session and"
     " asyncio_default_test_loop_scope = session",
+    "test_loop_in_a_thread": r"HINT:  (?!.*_loop_scope)",
 }
 
 
@@ -157,7 +161,8 @@ def ran(dsn: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_what_a_test_leaves_behind_fails_it_with_the_line_and_nobody_else(ran: str) -> None:
     failed = re.findall(r"^(ERROR|FAILED) test_it.py::(?:.*::)?(\w+)", ran, re.MULTILINE)
     assert {name for _, name in failed} == set(LINES)
-    assert {name for outcome, name in failed if outcome == "FAILED"} == {"test_mismatch"}
+    by_themselves = {name for outcome, name in failed if outcome == "FAILED"}
+    assert by_themselves == {"test_mismatch", "test_loop_in_a_thread"}
     for name, said in LINES.items():
         section = re.split(rf"^_+ .*{name}\b.* _+$", ran, maxsplit=1, flags=re.MULTILINE)[1]
         assert re.search(said, re.split(r"^_{3,} ", section, flags=re.MULTILINE)[0]), name

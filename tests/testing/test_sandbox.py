@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import psycopg
+import psycopg_pool
 import pytest
 from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
 
-from poolkeeper import AcquireTimeout, PoolManager
+from poolkeeper import AcquireTimeout, ConfigError, PoolManager
 from poolkeeper.testing import (
     LeftBehindError,
     OwnershipError,
@@ -415,12 +416,17 @@ async def notified(conn: Any) -> None:
         pass
 
 
-@pytest.mark.parametrize("does", [two_phase, vacuum, create_database, notified])
+async def level(conn: Any) -> None:
+    await conn.execute("set transaction isolation level serializable")
+
+
+@pytest.mark.parametrize("does", [two_phase, vacuum, create_database, notified, level])
 async def test_what_cannot_be_in_a_transaction_is_told(
     db: PoolManager, does: Callable[[Any], Any]
 ) -> None:
     async with sandbox(db):
-        with pytest.raises(SandboxError, match="fresh_database"):
+        way_out = r"sandbox\(manager, isolation" if does is level else "fresh_database"
+        with pytest.raises(SandboxError, match=way_out):
             async with db.connection() as conn:
                 await does(conn)
         assert await numbers(db) == []
@@ -711,6 +717,14 @@ async def test_a_sandbox_is_entered_once_and_not_within_another(db: PoolManager)
     with pytest.raises(SandboxError, match="ended"):
         box.allow(print)
     assert await db.fetchval("select 1") == 1
+
+
+async def test_what_is_no_pool_of_poolkeeper_s_is_refused() -> None:
+    bare = psycopg_pool.AsyncConnectionPool("host=nowhere password=secret", open=False)
+    for manager in ("host=nowhere password=secret", bare):
+        with pytest.raises(ConfigError, match="manager cannot be <class ") as refused:
+            sandbox(manager)  # type: ignore[arg-type]
+        assert "secret" not in str(refused.value)
 
 
 async def test_a_connection_class_of_the_user_s_takes_part(

@@ -298,10 +298,7 @@ class Sandboxed(AsyncConnection[Any]):
             if _is_one_statement(self):
                 await super().wait(self._hold.commit(self))
         except psycopg.errors.ActiveSqlTransaction as ex:
-            raise self._impossible(
-                "a command that the server runs outside of a transaction only",
-                f"The server says: {ex.diag.message_primary}.",
-            ) from ex
+            raise self._refused(ex) from ex
         except psycopg.Error:
             if _is_one_statement(self):
                 await super().wait(self._hold.commit(self))
@@ -309,6 +306,14 @@ class Sandboxed(AsyncConnection[Any]):
         if self.pgconn.transaction_status == IDLE:
             raise self._hold.turns.was_left(self._hold)
         return result
+
+    def _refused(self, error: psycopg.Error) -> SandboxError:
+        said = error.diag.message_primary or ""
+        what, instead = "a command that the server runs outside of a transaction only", ""
+        if "ISOLATION LEVEL" in said:
+            what = "a level of its own for a transaction"
+            instead = "Give the sandbox the level: sandbox(manager, isolation=...)"
+        return impossible(self._hold.turns.name, what, f"The server says: {said}.", instead)
 
     def _impossible(self, what: str, why: str) -> SandboxError:
         return impossible(self._hold.turns.name, what, why)

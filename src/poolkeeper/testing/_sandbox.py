@@ -23,7 +23,7 @@ from poolkeeper import BoundPool, PoolManager
 from poolkeeper.errors import briefly, see
 
 from ._errors import LeftBehindError, OwnershipError, SandboxError
-from ._seam import Base, StandIn, life_of
+from ._seam import Base, StandIn, life_of, require_manager
 from ._turns import Hold, Turns
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -297,12 +297,15 @@ def sandbox(
             its `configure` or the server has it. What a borrower sets has no effect on it.
 
     Raises:
+        ConfigError: If *manager* is none.
         OpenError, AcquireTimeout: On entering, as `PoolManager.open()` and `connection()`.
         SandboxError: On entering, if there is one around it, or a shared one beside it.
         LeftBehindError: On leaving without an error, if a connection was not given back.
 
     .. versionadded:: 0.1.0
     """
+    if not isinstance(manager, BoundPool):
+        require_manager(manager)
     return Sandbox(manager, shared, timeout, isolation)
 
 

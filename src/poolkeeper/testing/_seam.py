@@ -29,6 +29,7 @@ from poolkeeper._ending import tell_end
 from poolkeeper._life import Life
 from poolkeeper._life import StandIn as StandIn
 from poolkeeper._log import log
+from poolkeeper._manager import require_manager as require_manager
 from poolkeeper._releasing import called
 from poolkeeper._session import REPORTED_PARAMETERS, STANDBY, part_from_pipeline
 from poolkeeper._status import IDLE, INERROR, INTRANS

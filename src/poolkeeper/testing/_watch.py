@@ -148,10 +148,14 @@ class Watch:
             ),
             None,
         )
+        # Without one, or with the same loop as it, settings are not what is wrong: it may be a
+        # loop of the test's own, in a thread.
+        if opener is None:
+            return
         if item.get_closest_marker("anyio") is not None:
-            mismatch.hint = _for_anyio(opener)
+            mismatch.hint = _for_anyio(opener, mismatch.hint)
         elif item.get_closest_marker("asyncio") is not None:
-            mismatch.hint = _for_asyncio(item, opener)
+            mismatch.hint = _for_asyncio(item, opener, mismatch.hint)
 
 
 def _mismatch_in(error: BaseException) -> LoopMismatchError | None:
@@ -165,30 +169,28 @@ def _mismatch_in(error: BaseException) -> LoopMismatchError | None:
     return None
 
 
-def _for_anyio(opener: Opener | None) -> str:
-    scope = opener.scope if opener else "module"
+def _for_anyio(opener: Opener, otherwise: str | None) -> str | None:
+    if opener.scope == "function":
+        return otherwise
     return (
-        f'Under anyio, give the fixture anyio_backend the scope "{scope}" in conftest.py: its tests'
-        f" have one loop then. {see('loop-mismatch')}"
+        f'Under anyio, give the fixture anyio_backend the scope "{opener.scope}" in conftest.py:'
+        f" its tests have one loop then. {see('loop-mismatch')}"
     )
 
 
-def _for_asyncio(item: Any, opener: Opener | None) -> str:
+def _for_asyncio(item: Any, opener: Opener, otherwise: str | None) -> str | None:
     marker = item.get_closest_marker("asyncio")
     default = item.config.getini("asyncio_default_test_loop_scope")
     of_test = marker.kwargs.get("loop_scope") or marker.kwargs.get("scope") or default or "function"
     of_fixture = item.config.getini("asyncio_default_fixture_loop_scope")
-    who = "The fixture"
-    if opener is not None:
-        of_fixture = opener.loop_scope or of_fixture or opener.scope
-        who = f'Fixture "{opener.fixture}"'
+    of_fixture = opener.loop_scope or of_fixture or opener.scope
     of_fixture = of_fixture if of_fixture in SCOPES else "function"
+    if of_test == of_fixture:
+        return otherwise
     widest = max(of_test, of_fixture, key=SCOPES.index)
-    if widest == "function":
-        widest = "session"
     return (
-        f'{who} opens the pool on the loop of scope "{of_fixture}", the test runs on that of scope'
-        f' "{of_test}". Write both into pytest.ini, and no other loop_scope beside them:'
-        f" asyncio_default_fixture_loop_scope = {widest} and"
+        f'Fixture "{opener.fixture}" opens the pool on the loop of scope "{of_fixture}", the test'
+        f' runs on that of scope "{of_test}". Write both into pytest.ini, and no other loop_scope'
+        f" beside them: asyncio_default_fixture_loop_scope = {widest} and"
         f" asyncio_default_test_loop_scope = {widest}. {see('loop-mismatch')}"
     )
