@@ -35,7 +35,7 @@ from poolkeeper import (
 )
 from tests.support.inside import life
 from tests.support.lanes import PLAIN, know, lanes, trust
-from tests.support.pooler import PGBOUNCER, pgbouncer
+from tests.support.pooler import MODES, PGBOUNCER, pgbouncer, pgbouncer_version
 from tests.support.server import admin, kill_sessions
 from tests.support.waiting import eventually
 
@@ -809,19 +809,39 @@ async def test_no_answer_is_kept_once_it_was_fetched(one: PoolManager[Any]) -> N
     assert [query.params for query in session.lane.converter._queries.values()] == [None]
 
 
+@pytest.mark.filterwarnings("ignore::poolkeeper.DuplicatePoolWarning")
 @pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
-async def test_behind_a_pgbouncer_one_shots_share_as_well(dsn: str) -> None:
-    with pgbouncer(dsn) as behind:
-        kwargs = {"prepare_threshold": None}
-        async with PoolManager(behind, min_size=5, kwargs=kwargs, pipeline=True) as db:
-            query = "select 1 / %s::int"
-            await know(db, query)
-            for _ in range(5):
-                tasks = [asyncio.create_task(db.fetchval(query, (n % 2,))) for n in range(64)]
-                await asyncio.sleep(0.001)
-                tasks[5].cancel()
-                ended = await asyncio.gather(*tasks, return_exceptions=True)
-                kinds = {type(end) for end in ended[::2]}
-                assert kinds == {psycopg.errors.DivisionByZero}
-                assert [end for end in ended[1::2] if end == 1][:31] == [1] * 31
-            await come_to_rest(db)
+@pytest.mark.parametrize("mode", MODES)
+async def test_behind_a_pgbouncer_one_shots_share_as_well(dsn: str, mode: str) -> None:
+    """Of two pools at once, which have more connections than it has sessions, if it shares them."""
+    query = "select 1 / %s::int"
+
+    async def use(db: PoolManager[Any], mark: int) -> None:
+        await know(db, query, PLAIN)
+        for _ in range(5):
+            tasks = [
+                asyncio.create_task(
+                    db.fetchval(PLAIN, (mark + n,)) if n % 2 else db.fetchval(query, (0,))
+                )
+                for n in range(64)
+            ]
+            await asyncio.sleep(0.001)
+            tasks[5].cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            assert {type(end) for end in ended[::2]} == {psycopg.errors.DivisionByZero}
+            for n in range(1, 64, 2):
+                cancelled = n == 5 and isinstance(ended[n], asyncio.CancelledError)
+                assert ended[n] == mark + n or cancelled
+        await come_to_rest(db)
+
+    size = 4 if mode == "session" else 2
+    tracks = {"max_prepared_statements": 20} if pgbouncer_version() >= (1, 21) else {}
+    with pgbouncer(dsn, mode, default_pool_size=size, **tracks) as behind:
+        one, two = (
+            PoolManager(behind, min_size=2, max_size=2, name=name, timeout=20, pipeline=True)
+            for name in ("one", "two")
+        )
+        async with one, two:
+            await asyncio.gather(use(one, 1000), use(two, 2000))
+            counted = [pool.pool.get_stats().get("returns_bad", 0) for pool in (one, two)]
+        assert counted == [0, 0]
