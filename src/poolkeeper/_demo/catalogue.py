@@ -224,10 +224,16 @@ def _open(run: Run) -> str:
 
 def _open_kept(run: Run) -> bool:
     tried = run.facts["tried"]
-    # A resolver that only fails for now is asked again until the timeout.
-    passing = "temporary failure" in str(tried["cause"]).lower()
+    # "cannot" is said as soon as the reason is known, however long that takes. A resolver that
+    # only fails for now is asked again until the timeout, and on a busy machine none may answer.
+    passing = ("temporary failure", "no answer")
     return bool(
-        tried["error"] == "OpenError" and tried["cause"] and (passing or tried["seconds"] < AT_ONCE)
+        tried["error"] == "OpenError"
+        and tried["cause"]
+        and (
+            str(tried["message"]).startswith("cannot open")
+            or any(words in str(tried["cause"]).lower() for words in passing)
+        )
     )
 
 
