@@ -180,6 +180,17 @@ def test_a_directory_of_others_is_refused(tmp_path: Path) -> None:
         expose(PoolManager("host=nowhere"), directory=tmp_path / "no" / "where")
 
 
+def test_where_there_are_no_unix_sockets_the_page_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Windows."""
+    monkeypatch.delattr(socket, "AF_UNIX")
+    with pytest.raises(ConfigError, match="no Unix sockets here"):
+        expose(PoolManager("host=nowhere"))
+    assert main(["top", "--once"]) == 2
+    assert "poolkeeper.live.page()" in capsys.readouterr().err
+
+
 def test_what_is_no_pool_is_refused(directory: Path) -> None:
     for wrong in (None, "db", object()):
         with pytest.raises(ConfigError, match=r"cannot show a \w+: it is neither"):

@@ -100,11 +100,6 @@ def expose(
 
     .. versionadded:: 0.1.0
     """
-    if not hasattr(socket, "AF_UNIX"):
-        raise ConfigError(
-            "there are no Unix sockets here",
-            hint="Mount poolkeeper.live.page() in the application instead",
-        )
     observer = Observer(pool)
     where = directories()[0] if directory is None else Path(directory)
     _make_own(where)
@@ -116,7 +111,15 @@ def directories() -> list[Path]:
     Return where this user's sockets may be; they are made in the first one.
 
     A service has no ``XDG_RUNTIME_DIR`` where a login has one: so both are looked into.
+
+    Raises:
+        ConfigError: If there are no Unix sockets here.
     """
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError(
+            "there are no Unix sockets here",
+            hint="Mount poolkeeper.live.page() in the application instead",
+        )
     user = os.getuid()
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
     found = [runtime / "poolkeeper"] if is_own(runtime) else []
