@@ -13,14 +13,14 @@ from typing import Any
 
 from poolkeeper._binding import LoopBinding
 from poolkeeper._checkouts import Checkout
-from poolkeeper._connection import BoundConnection
+from poolkeeper._connection import BoundConnection, ShownConnection
 from poolkeeper._line import Waiter
 from poolkeeper._recovery import Connector
 from poolkeeper._session import Session
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-OURS = (BoundConnection, Session, Checkout, Waiter, Connector, LoopBinding)
+OURS = (ShownConnection, BoundConnection, Session, Checkout, Waiter, Connector, LoopBinding)
 """What a pool makes of its own."""
 
 

@@ -27,7 +27,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from poolkeeper import AcquireTimeout, PoolManager
 from poolkeeper._checkouts import Checkout
-from poolkeeper._connection import BoundConnection
+from poolkeeper._connection import BoundConnection, ShownConnection
 from poolkeeper._line import Waiter
 from poolkeeper._session import Session
 
@@ -286,12 +286,17 @@ class Soak:
         )
 
     async def _count_objects(self) -> Objects:
-        """Count what there is, which is one handle and one session for each connection."""
+        """
+        Count what there is.
+
+        That is one session for each connection, its handle, and the copy that one-shots show.
+        """
         until = time.monotonic() + min(10, self.patience)
         while True:
             objects = Objects.count()
             most = sum(db.snapshot().total for db in self._pools)
-            many = [k for k in (BoundConnection, Session) if objects.ours[k.__name__] > most]
+            kinds = (BoundConnection, ShownConnection, Session)
+            many = [kind for kind in kinds if objects.ours[kind.__name__] > most]
             if not many:
                 return objects
             if time.monotonic() > until:
