@@ -123,8 +123,9 @@ LINES = {
     "test_manager": r'Pool "own" is open: opened at test_it.py:\d+',
     "test_careless_fixture": r'Pool "careless" is open: opened at test_it.py:\d+',
     "test_task_on_own_loop": r'Task ".*" goes on at test_it.py:9',
-    "test_mismatch": "asyncio_default_fixture_loop_scope = session and"
-    " asyncio_default_test_loop_scope = session",
+    "test_mismatch": "Write both into pyproject.toml, and no other loop_scope beside them:"
+    ' asyncio_default_fixture_loop_scope = "session" and'
+    ' asyncio_default_test_loop_scope = "session"',
     "test_loop_in_a_thread": r"HINT:  (?!.*_loop_scope)",
 }
 
@@ -151,9 +152,10 @@ def ran(dsn: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("suite")
     (directory / "conftest.py").write_text(CONFTEST)
     (directory / "test_it.py").write_text(TESTS)
-    (directory / "pytest.ini").write_text(
-        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
-        "filterwarnings = ignore::poolkeeper.errors.DuplicatePoolWarning\n"
+    (directory / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\nasyncio_mode = "auto"\n'
+        'asyncio_default_fixture_loop_scope = "function"\n'
+        'filterwarnings = ["ignore::poolkeeper.errors.DuplicatePoolWarning"]\n'
     )
     return run_pytest(directory, "-rA", f"--poolkeeper-server={dsn}").stdout
 

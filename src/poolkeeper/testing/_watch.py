@@ -188,9 +188,13 @@ def _for_asyncio(item: Any, opener: Opener, otherwise: str | None) -> str | None
     if of_test == of_fixture:
         return otherwise
     widest = max(of_test, of_fixture, key=SCOPES.index)
+    # One that is made beside it would take its place, and what is in it would be read no more.
+    settings = item.config.inipath
+    file = settings.name if settings is not None else "pytest.ini"
+    value = f'"{widest}"' if file.endswith(".toml") else widest
     return (
         f'Fixture "{opener.fixture}" opens the pool on the loop of scope "{of_fixture}", the test'
-        f' runs on that of scope "{of_test}". Write both into pytest.ini, and no other loop_scope'
-        f" beside them: asyncio_default_fixture_loop_scope = {widest} and"
-        f" asyncio_default_test_loop_scope = {widest}. {see('loop-mismatch')}"
+        f' runs on that of scope "{of_test}". Write both into {file}, and no other loop_scope'
+        f" beside them: asyncio_default_fixture_loop_scope = {value} and"
+        f" asyncio_default_test_loop_scope = {value}. {see('loop-mismatch')}"
     )
