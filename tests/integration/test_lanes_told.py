@@ -242,6 +242,11 @@ async def test_who_watches_and_who_records_sees_one_connection_at_work(
         await asyncio.sleep(0)
         others = [asyncio.create_task(number(one, n)) for n in range(20)]
         await asyncio.sleep(0.2)
+        ((held,), waiting) = (observer.state()[name] for name in ("checkouts", "waiters"))
+        assert held["now"] == "running a query, 15 behind it"
+        assert held["asker"].startswith(f"{HERE}:")
+        assert held["status_seconds"] > 0.1
+        assert len(waiting) == 5
     await asyncio.gather(head, *others)
     seconds = monotonic() - began
     state = observer.state()

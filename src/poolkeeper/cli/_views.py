@@ -95,7 +95,7 @@ def _tables(pool: State) -> list[Table]:
     held = tuple(
         (
             duration(row["held_seconds"]), duration(row["query_seconds"]), *of(row),
-            row["asker"] or row["site"], row["status"], row["awaits"],
+            row["asker"] or row["site"], row.get("now", row["status"]), row["awaits"],
         )
         for row in pool["checkouts"][:ROWS]
     )  # fmt: skip

@@ -184,6 +184,9 @@ class Observer:
         now = time.time()
         seconds = [second for second in list(self._seconds) if second.at > now - SECONDS]
         told = asdict(snapshot)
+        for row in told["checkouts"]:
+            shared = f", {len(row['behind'])} behind it" if row["behind"] else ""
+            row["now"] = row["status"] + shared
         return {
             "pid": os.getpid(),
             "program": _program(),
