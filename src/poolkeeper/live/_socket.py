@@ -100,8 +100,9 @@ def expose(
 
     .. versionadded:: 0.1.0
     """
+    places = directories()
     observer = Observer(pool)
-    where = directories()[0] if directory is None else Path(directory)
+    where = places[0] if directory is None else Path(directory)
     _make_own(where)
     return Exposed(observer, _serving(where))
 
