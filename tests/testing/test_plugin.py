@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+import pytest_asyncio
 
 import pytest_poolkeeper
-from poolkeeper import ConfigError, MissingDependencyError
-from poolkeeper.testing import LeftBehindError, Template, server
+from poolkeeper import ConfigError, LoopMismatchError, MissingDependencyError, PoolManager
+from poolkeeper.testing import LeftBehindError, OwnershipError, Template, server
+from poolkeeper.testing._watch import Watch
 
 CONFTEST = """
 import pytest
@@ -168,6 +173,40 @@ def test_what_a_test_leaves_behind_fails_it_with_the_line_and_nobody_else(ran: s
     for name, said in LINES.items():
         section = re.split(rf"^_+ .*{name}\b.* _+$", ran, maxsplit=1, flags=re.MULTILINE)[1]
         assert re.search(said, re.split(r"^_{3,} ", section, flags=re.MULTILINE)[0]), name
+
+
+class OldItem:
+    """A test of pytest-asyncio's, as its versions before 0.25 have it."""
+
+    @property
+    def config(self) -> OldItem:
+        return self
+
+    inipath = None
+
+    def getini(self, name: str) -> str:
+        raise ValueError(f"unknown configuration value: {name!r}")
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return pytest.mark.asyncio.mark if name == "asyncio" else None
+
+
+async def test_a_pytest_asyncio_that_is_too_old_is_told_so(
+    make_manager: Callable[..., PoolManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows not both settings, and keeps a fixture's context from the test."""
+    monkeypatch.setattr(pytest_asyncio, "__version__", "0.24.0")
+    monkeypatch.setattr(logging.getLogger("poolkeeper"), "handlers", [])
+    fixture = types.SimpleNamespace(scope="module", func=None, argname="pool")
+    async with make_manager(min_size=1, name="old"):
+        watch = Watch()
+        watch.fixture_was_set_up(fixture)
+        mismatch = LoopMismatchError('pool "old" is bound to a different event loop')
+        unowned = OwnershipError("belongs to no test", hint="Allow it")
+        for error in (mismatch, unowned):
+            watch.advise(OldItem(), error)
+    assert "Install pytest-asyncio 0.26 or later. Write both" in str(mismatch)
+    assert "Install pytest-asyncio 0.25 or later" in str(unowned)
 
 
 def test_the_module_of_the_plugin_loads_nothing_of_poolkeeper_or_psycopg() -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from typing_extensions import override
 
 from poolkeeper import LoopMismatchError
 from poolkeeper.errors import see
 
-from ._errors import LeftBehindError
+from ._errors import LeftBehindError, OwnershipError
 from ._seam import (
     Checkout,
     checkouts,
@@ -25,6 +26,8 @@ from ._seam import (
     loops_with_pools,
     where_opened,
 )
+
+E = TypeVar("E", bound=BaseException)
 
 SCOPES = ("function", "class", "module", "package", "session")
 EVENTS = {
@@ -136,8 +139,11 @@ class Watch:
     # --- loops that differ ------------------------------------------------------------------------
 
     def advise(self, item: Any, error: BaseException) -> None:
-        """Put the settings that are to be written into the hint of a `LoopMismatchError`."""
-        mismatch = _mismatch_in(error)
+        """Put what is to be written, or installed, into the hint of what a test has raised."""
+        by_asyncio = item.get_closest_marker("asyncio") is not None
+        if by_asyncio and (unowned := _in_chain(error, OwnershipError)) is not None:
+            unowned.hint = _for_context(unowned.hint)
+        mismatch = _in_chain(error, LoopMismatchError)
         if mismatch is None:
             return
         opener = next(
@@ -154,19 +160,39 @@ class Watch:
             return
         if item.get_closest_marker("anyio") is not None:
             mismatch.hint = _for_anyio(opener, mismatch.hint)
-        elif item.get_closest_marker("asyncio") is not None:
+        elif by_asyncio:
             mismatch.hint = _for_asyncio(item, opener, mismatch.hint)
 
 
-def _mismatch_in(error: BaseException) -> LoopMismatchError | None:
+def _in_chain(error: BaseException, kind: type[E]) -> E | None:
     chain: list[BaseException] = []
     inner: BaseException | None = error
     while inner is not None and inner not in chain:
-        if isinstance(inner, LoopMismatchError):
+        if isinstance(inner, kind):
             return inner
         chain.append(inner)
         inner = inner.__cause__ or inner.__context__
     return None
+
+
+def _for_context(otherwise: str | None) -> str | None:
+    # A sandbox that a fixture has entered is not its test's before that.
+    plugin = sys.modules.get("pytest_asyncio")
+    version = str(getattr(plugin, "__version__", "1")).split(".")
+    if [int(number) for number in version[:2] if number.isdecimal()] >= [0, 25]:
+        return otherwise
+    return (
+        "Install pytest-asyncio 0.25 or later: since then what a fixture has entered is its test's,"
+        f" too. {see('ownership')}"
+    )
+
+
+def _setting(item: Any, name: str) -> str | None:
+    """Return what an option of pytest-asyncio's is; None if it is older than that."""
+    try:
+        return str(item.config.getini(name) or "")
+    except ValueError:
+        return None
 
 
 def _for_anyio(opener: Opener, otherwise: str | None) -> str | None:
@@ -180,10 +206,10 @@ def _for_anyio(opener: Opener, otherwise: str | None) -> str | None:
 
 def _for_asyncio(item: Any, opener: Opener, otherwise: str | None) -> str | None:
     marker = item.get_closest_marker("asyncio")
-    default = item.config.getini("asyncio_default_test_loop_scope")
+    default = _setting(item, "asyncio_default_test_loop_scope")
     of_test = marker.kwargs.get("loop_scope") or marker.kwargs.get("scope") or default or "function"
-    of_fixture = item.config.getini("asyncio_default_fixture_loop_scope")
-    of_fixture = opener.loop_scope or of_fixture or opener.scope
+    of_fixtures = _setting(item, "asyncio_default_fixture_loop_scope")
+    of_fixture = opener.loop_scope or of_fixtures or opener.scope
     of_fixture = of_fixture if of_fixture in SCOPES else "function"
     if of_test == of_fixture:
         return otherwise
@@ -192,9 +218,10 @@ def _for_asyncio(item: Any, opener: Opener, otherwise: str | None) -> str | None
     settings = item.config.inipath
     file = settings.name if settings is not None else "pytest.ini"
     value = f'"{widest}"' if file.endswith(".toml") else widest
+    newer = " Install pytest-asyncio 0.26 or later." if default is None else ""
     return (
         f'Fixture "{opener.fixture}" opens the pool on the loop of scope "{of_fixture}", the test'
-        f' runs on that of scope "{of_test}". Write both into {file}, and no other loop_scope'
-        f" beside them: asyncio_default_fixture_loop_scope = {value} and"
+        f' runs on that of scope "{of_test}".{newer} Write both into {file}, and no other'
+        f" loop_scope beside them: asyncio_default_fixture_loop_scope = {value} and"
         f" asyncio_default_test_loop_scope = {value}. {see('loop-mismatch')}"
     )
