@@ -171,6 +171,31 @@ async def test_the_error_of_a_statement_is_told_whatever_befalls_its_connection(
         await task
 
 
+async def test_who_comes_to_a_connection_that_is_lost_in_that_very_turn_is_sent_elsewhere(
+    one: PoolManager[Any], table: str
+) -> None:
+    """The loop has not heard of it yet: whoever sends is the first to know."""
+    with locked(table):
+        head = asyncio.create_task(one.fetchall(READ))
+        await asyncio.sleep(0)
+        (checkout,) = life(one.pool).held
+        pgconn = checkout.session.pgconn
+        kill_sessions(table, "poolkeeper:lane")
+
+        def lost() -> bool:
+            with suppress(psycopg.OperationalError):
+                pgconn.consume_input()
+            return bool(pgconn.status == psycopg.pq.ConnStatus.BAD)
+
+        assert eventually(lost)
+        others = [asyncio.create_task(one.fetchall(PLAIN, (n,))) for n in range(20)]
+        async with asyncio.timeout(20):
+            assert await asyncio.gather(*others) == numbers(20)
+        with pytest.raises(psycopg.OperationalError) as caught:
+            await head
+        assert caught.value.__notes__ == SENT
+
+
 # --- the pool ------------------------------------------------------------------------------------
 
 
