@@ -39,13 +39,13 @@ class Converter:
         now: The time.
     """
 
-    __slots__ = ("_queries", "_transformer", "_until", "adapters", "connection")
+    __slots__ = ("_queries", "_until", "adapters", "connection", "transformer")
 
     def __init__(self, conn: Any, now: float) -> None:
         self.adapters = conn._adapters
         self.connection: Any = ShownConnection.of(conn)
         self._until = now + LASTS
-        self._transformer = Transformer(self)
+        self.transformer = Transformer(self)
         self._queries: dict[Any, PostgresQuery] = {}
 
     def fits(self, conn: Any, now: float) -> bool:
@@ -67,7 +67,7 @@ class Converter:
             converted.convert(query, params)
             return converted
         # It takes no cursor, which costs as much as all the rest.
-        asked.transformer = transformer = self._transformer
+        asked.transformer = transformer = self.transformer
         key = (query,) if params is None else query
         known = self._queries.get(key)
         if known is None:
@@ -79,7 +79,3 @@ class Converter:
         elif params is not None:
             known.dump(params)
         return known
-
-    def let_go(self) -> None:
-        """Keep the last answer no longer."""
-        self._transformer.set_pgresult(None)

@@ -93,8 +93,8 @@ class Lane(Place):
 
     __slots__ = (
         "__weakref__", "_loop", "_room", "_stopping", "_writer", "checkout", "closed", "conn",
-        "converter", "drained", "head_since", "joined", "loud", "pgconn", "promised", "session",
-        "shared", "stopped", "under_way", "unprepared", "until", "users", "wire",
+        "converter", "drained", "head_since", "joined", "loud", "pgconn", "plain", "promised",
+        "session", "shared", "stopped", "under_way", "unprepared", "until", "users", "wire",
     )  # fmt: skip
 
     conn: Any
@@ -107,13 +107,12 @@ class Lane(Place):
         self._loop = room.loop
         self.pgconn: Any = session.pgconn
         self.wire: Wire = session.wire
-        self.until = 0.0
         self.users = self.promised = 0
         """Tasks that wait here, or fetch their answer; that were told to come."""
         self.under_way: deque[Asked] = deque()
         """What is under way, in the order of the answers."""
-        self.head_since = 0.0
-        """Since when the first of them is the first."""
+        self.until = self.head_since = 0.0
+        """Until when more may come; since when the first of them is the first."""
         self.drained: asyncio.Future[None] | None = None
         self.unprepared: set[bytes] = set()
         """Names that could not be prepared, on which those behind may have relied."""
@@ -121,13 +120,13 @@ class Lane(Place):
         """True while what runs is being stopped; once that was begun."""
         self._writer = -1
 
-    def open(self, conn: Any, shared: bool) -> None:
-        """Begin, for one who comes, with *conn*, just acquired; *shared* if others may come."""
+    def open(self, conn: Any, shared: bool, plain: bool) -> None:
+        """Begin with *conn*, just acquired; *shared* if others may come, who are all *plain*."""
         self.conn = conn
         self.session = session = conn._session
         self.checkout = checkout = conn._checkout
         since = checkout.since
-        self.shared = shared
+        self.shared, self.plain = shared, plain
         self.closed = not shared
         self.loud = self.joined = False
         """True if somebody is told who uses it; and of one beside who has opened it."""
@@ -250,7 +249,8 @@ class Lane(Place):
         asked.done = self._loop.create_future()
         if not self.under_way:
             self.head_since = self.checkout.busy_since = now
-            self._served(asked)
+            if self.checkout.used:  # else it is as who has opened it
+                self._served(asked)
             self.conn._under_way = self
             wire = self.wire
             wire.waiter = self
@@ -346,7 +346,8 @@ class Lane(Place):
             self._idle()
         if self._room.life.line:
             self._room.lane_has_room(self)
-        self._look_for_users()
+        if not self.users:
+            self._look_for_users()
 
     def _idle(self) -> None:
         self.checkout.busy_since = 0.0
@@ -466,7 +467,7 @@ class Lane(Place):
         room, conn, session, checkout = self._room, self.conn, self.session, self.checkout
         room.lane_ended(self)
         self.closed = True
-        self.converter.let_go()
+        self.converter.transformer.set_pgresult(None)  # it would keep the answer
         del self.conn, self.session
         try:
             self.pgconn.exit_pipeline_mode()
@@ -474,7 +475,7 @@ class Lane(Place):
             self.stopped = True
         if checkout.session is None:
             session.finish()  # it was taken away meanwhile
-        elif not self.stopped and not self.unprepared and keep_unseen(room.life, conn):
+        elif not self.stopped and not self.unprepared and keep_unseen(room.life, conn, self.plain):
             return
         session.lane = None
         release(room.life.pool, conn, True)

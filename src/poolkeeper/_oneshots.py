@@ -31,7 +31,7 @@ from psycopg import AsyncConnection, AsyncCursor, connection_async, cursor_async
 from ._acquiring import take, task_name, wait_for_connection
 from ._asked import Asked, result_of
 from ._checkouts import ACQUIRED
-from ._lane import Lane
+from ._lane import DEPTH, Lane
 from ._life import Life, Pool
 from ._releasing import release
 from ._session import Session
@@ -122,9 +122,10 @@ class Lanes:
 
     def _with_room(self) -> Lane | None:
         """Return the lane with room on which the fewest are under way."""
-        now, best, fewest = monotonic(), None, 1_000_000
+        now, best, fewest = monotonic(), None, DEPTH
         for lane in self._all:
-            if lane.takes_more(now) and (number := len(lane.under_way) + lane.promised) < fewest:
+            number = len(lane.under_way) + lane.promised
+            if number < fewest and lane.takes_more(now):
                 best, fewest = lane, number
         return best
 
@@ -140,7 +141,7 @@ class Lanes:
         if lane is None:
             lane = session.lane = Lane(self, session)
         try:
-            lane.open(conn, shares)
+            lane.open(conn, shares, shot.known.way is Way.SHARED)
         except BaseException:
             session.lane = None
             release(life.pool, conn, False)
@@ -314,7 +315,7 @@ def _fetched(shot: OneShot, lane: Lane, asked: Asked) -> Any:
     if (known := asked.known) is not None:  # the clock has not seen it
         if result.ntuples > MANY:
             known.was_slow()
-        else:
+        elif not known.shares:
             known.was_quick()
     return shot.fetch.at_once(result, asked.transformer, asked.make_row)
 

@@ -130,14 +130,20 @@ def release(
     return unlocked
 
 
-def keep_unseen(life: Life, conn: Any) -> bool:
+def keep_unseen(life: Life, conn: Any, plain: bool) -> bool:
     """
     Give *conn* back as it is, whose handle nobody has seen; False if that takes `release()`.
 
     Its session's next borrower gets the same handle: there is nobody who could use it late.
+
+    Args:
+        life: Whose it is.
+        conn: The handle.
+        plain: True if no setting can have been changed, but by the server itself.
     """
     session: Session = conn._session
     checkout: Checkout = conn._checkout
+    heard_at = checkout.changed_at
     if (
         session.pgconn.transaction_status != IDLE
         or life.ending
@@ -146,8 +152,8 @@ def keep_unseen(life: Life, conn: Any) -> bool:
         or life.reset is not None
         or conn._cancelling
         or conn._adapters.handed_out
-        or session.expires_at <= checkout.changed_at
-        or not session.parameters_unchanged
+        or session.expires_at <= heard_at
+        or not (session.unchanged_lately(heard_at) if plain else session.parameters_unchanged)
     ):
         return False
     now = end_checkout(life, session, checkout)

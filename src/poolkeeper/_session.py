@@ -62,6 +62,9 @@ STANDBY = b"in_hot_standby"  # the server's alone to change, "on" until it is pr
 KIND_PARAMETERS = frozenset({READ_ONLY, STANDBY})
 """What tells one kind of server from another; reported since PostgreSQL 14."""
 
+LATELY = 0.001
+"""Seconds for which parameters that only the server can have changed are not looked at again."""
+
 DRAINED, MOVED = 0.0, -1.0
 """When a session expires that is to be replaced: because all are; because its server changed."""
 
@@ -95,6 +98,7 @@ class Session:
         backend_pid: Process number on the server.
         lane: On which one-shots use it, kept for the next of them; it knows nothing of the session
             meanwhile.
+        looked_at: When `unchanged_lately()` has looked; 0.0 in doubt.
         made_at: When it joined the pool.
         returned: The checkout that has ended last, until the session is put right.
         streamed: True if libpq may have been told to give each row as a result of its own.
@@ -122,6 +126,7 @@ class Session:
         "in_pool",
         "in_question",
         "lane",
+        "looked_at",
         "made_at",
         "pgconn",
         "returned",
@@ -136,7 +141,7 @@ class Session:
         self.configured: frozenset[bytes] = frozenset()
         self._parameters = self._reported_parameters()
         self.accept_parameters()
-        self.heard_at = 0.0
+        self.heard_at = self.looked_at = 0.0
         self.expires_at = inf
         self.checkout: Checkout | None = None
         self.returned: Checkout | None = None
@@ -211,6 +216,13 @@ class Session:
         """True if every reported parameter is as it was, and no doubt. Costs no round trip."""
         return self._reported_parameters() == self._expected
 
+    def unchanged_lately(self, now: float) -> bool:
+        """Tell whether they are, or were within `LATELY`, which is cheaper."""
+        if now < self.looked_at + LATELY:
+            return True
+        self.looked_at = now
+        return self.parameters_unchanged
+
     def accept_parameters(self) -> bool:
         """
         Let the parameters be as they are now: whoever has changed them, no borrower has.
@@ -240,6 +252,7 @@ class Session:
     def doubt(self) -> None:
         """Let the release look, whatever is reported: this may be the wrong server by now."""
         self._expected = None
+        self.looked_at = 0.0
 
     def question(self) -> None:
         """Let it be looked at, because of another session, even if it comes back unused."""

@@ -805,7 +805,7 @@ async def test_a_new_default_of_psycopgs_is_heard_of(
 async def test_no_answer_is_kept_once_it_was_fetched(one: PoolManager[Any]) -> None:
     assert await one.fetchval("select repeat('x', %s)", (7,)) == "x" * 7
     (session,) = life(one.pool).sessions
-    assert session.lane.converter._transformer.pgresult is None
+    assert session.lane.converter.transformer.pgresult is None
     assert [query.params for query in session.lane.converter._queries.values()] == [None]
 
 
