@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -519,6 +520,36 @@ async def test_what_would_wait_for_itself_is_told_at_once(
             assert "it would wait for itself" in str(error)
             assert "test_sandbox.py" in str(error)
         await start(work)  # outside of a block they take turns
+
+
+async def test_what_wait_for_is_given_is_no_task_of_its_own(db: PoolManager) -> None:
+    """Up to Python 3.11 it makes one of it, which would wait for its own block."""
+
+    async def inner() -> None:
+        async with db.connection() as conn:
+            await conn.execute("insert into things values (1)")
+            assert await asyncio.wait_for(db.fetchval("select count(*) from things"), 30) == 1
+
+    async with sandbox(db):
+        async with db.connection() as conn:
+            await conn.execute("select 1")
+            await asyncio.wait_for(asyncio.wait_for(inner(), 30), 30)
+            await conn.rollback()
+        assert await numbers(db) == []
+
+
+async def test_a_session_that_is_killed_is_told_to_who_asks_next(
+    db: PoolManager, things: str
+) -> None:
+    async with sandbox(db):
+        async with db.connection() as conn:
+            pid = conn.info.backend_pid
+        with outside():
+            await db.execute("select pg_terminate_backend(%s, 10000)", (pid,))
+        with suppress(psycopg.Error):  # it finds out
+            await db.fetchval("select 1")
+        with pytest.raises(SandboxError, match=r"the session of the sandbox of pool .* is gone"):
+            await db.fetchval("select 1")
 
 
 async def test_a_stream_is_told_that_there_is_one_connection(db: PoolManager) -> None:

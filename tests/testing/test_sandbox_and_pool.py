@@ -203,13 +203,16 @@ async def test_who_has_subscribed_is_told_of_each_checkout(db: PoolManager) -> N
     assert released.exchanges >= 1
 
 
-async def test_a_test_that_takes_long_is_no_leak(things: str, make_manager: MakeManager) -> None:
+async def test_a_test_that_takes_long_is_no_leak(
+    things: str, make_manager: MakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
     told: list[LeakSuspected] = []
     async with make_manager(things, min_size=1, max_size=2, leak_threshold=0.02) as db:
         db.subscribe(told.append, LeakSuspected)
         async with sandbox(db):
             await asyncio.sleep(0.2)
             assert not told
+        assert "leak" not in caplog.text
         conn = await db.pool.getconn()
         while not told:
             await asyncio.sleep(0.01)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, cast
+
+_RELEASE_WAITER: Any = getattr(asyncio.tasks, "_release_waiter", None)
+"""What ``wait_for()`` has called at the end of the task that it makes."""
 
 _DEEPEST, _MOST = 12, 500
 """How far from a task, and at how many objects, is looked."""
@@ -36,6 +40,27 @@ def waits_for(waiting: asyncio.Task[Any], task: asyncio.Task[Any]) -> bool:
             found.add(other)
             looked_at.append(other)
     return False
+
+
+def stands_for(task: asyncio.Task[Any], waiting: asyncio.Task[Any]) -> bool:
+    """
+    Tell whether *waiting* does nothing but wait for *task*, by ``asyncio.wait_for()``.
+
+    That makes a task of what it is given, up to Python 3.11. Nobody has meant to start one.
+    """
+    waiters = [
+        callback.args[0]
+        for callback in _callbacks(task)
+        if isinstance(callback, partial) and callback.func is _RELEASE_WAITER
+    ]
+    awaited = getattr(waiting, "_fut_waiter", None)
+    if awaited is None or not waiters:
+        return False
+    return awaited in waiters or any(
+        stands_for(other, waiting)
+        for other in asyncio.all_tasks()
+        if other is not task and getattr(other, "_fut_waiter", None) in waiters
+    )
 
 
 def _called_at_the_end_of(task: asyncio.Task[Any]) -> set[int]:

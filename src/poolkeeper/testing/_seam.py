@@ -21,7 +21,7 @@ from typing_extensions import override
 from poolkeeper import BoundPool
 from poolkeeper._acquiring import take, wait_for_connection
 from poolkeeper._binding import _bindings
-from poolkeeper._checkouts import ACQUIRED, SUSPECTED
+from poolkeeper._checkouts import ACQUIRED
 from poolkeeper._checkouts import Checkout as Checkout
 from poolkeeper._cleaning import IDENTITY, run
 from poolkeeper._compat import CHECK_CONNECTION
@@ -69,6 +69,17 @@ class SandboxCheckout(Checkout):
         super().note_exchange(status, seconds, now)
 
 
+class KeptCheckout(Checkout):
+    """The record of the sandbox's own, which is held as long as the test lasts, and no leak."""
+
+    __slots__ = ()
+
+    @property
+    @override
+    def reported(self) -> bool:
+        return True
+
+
 class Base:
     """
     The connection that a sandbox has of the pool, and what is made over its session.
@@ -86,8 +97,7 @@ class Base:
         self._stand_in = stand_in
         self._class: Any = None
 
-        # It is held as long as the test lasts: that is no leak.
-        conn._checkout.told |= SUSPECTED
+        conn._checkout.__class__ = KeptCheckout
 
     @classmethod
     async def acquire(cls, life: Life, stand_in: StandIn, timeout: float | None) -> Base:
@@ -257,7 +267,6 @@ class Base:
     async def put_back(self) -> None:
         """Undo all, and give the connection back to the pool."""
         self._session._handle = weakref.ref(self.conn)
-        self.conn._checkout.told &= ~SUSPECTED
         pool: Any = self._life.pool
         if pool._life is not self._life:  # it was closed meanwhile
             self.finish()

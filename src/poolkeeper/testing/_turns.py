@@ -25,7 +25,7 @@ from poolkeeper import AcquireTimeout
 from poolkeeper.errors import see
 
 from ._errors import A_DATABASE, OwnershipError, SandboxError, impossible
-from ._graph import waits_for
+from ._graph import stands_for, waits_for
 from ._handles import Exchange, Sandboxed
 from ._savepoints import Savepoints
 from ._seam import Base, SandboxCheckout
@@ -167,6 +167,8 @@ class Turns:
         """Return a connection for *task*, whose turn it is."""
         if self._over or self.left is not None:
             raise self.was_left(self.left) if self.left else over(self.name)
+        if self.base.conn.closed:
+            raise self._lost()
         checkout = self.base.checkout(task, frame, lineno)
         hold = Hold(self, checkout)
         conn = self.base.handle(checkout, hold)
@@ -197,7 +199,7 @@ class Turns:
         if not self.holds or self.holds[-1].ends:
             return False
         holder = self.holds[-1].task
-        return holder is task or holder.done()
+        return holder.done() or is_or_waits_only_for(holder, task)
 
     async def _wait(self, task: asyncio.Task[Any], began: float, timeout: float) -> None:
         until = began + timeout
@@ -207,7 +209,7 @@ class Turns:
             while not self._over:
                 holder = self.holds[-1] if self.holds else None
                 # Those before a task that holds itself wait for its end.
-                may_pass = holder is not None and holder.task is task
+                may_pass = holder is not None and is_or_waits_only_for(holder.task, task)
                 free = holder is None or self._lies_within(task)
                 if free and (may_pass or self._line[0] is place):
                     return
@@ -411,6 +413,14 @@ class Turns:
             f" transaction(). Or {A_DATABASE}. {see('sandbox')}",
         )
 
+    def _lost(self) -> SandboxError:
+        return SandboxError(
+            f'the session of the sandbox of pool "{self.name}" is gone, and all that the test has'
+            " done with it",
+            detail="It was closed or killed, or the network was cut. A test has one connection.",
+            hint=f"For a test of that, {A_DATABASE}. {see('sandbox')}",
+        )
+
     def _would_wait_for_itself(self, task: asyncio.Task[Any], holder: Hold) -> SandboxError:
         return SandboxError(
             f'task "{task.get_name()}" cannot get a connection in the sandbox of pool'
@@ -439,6 +449,11 @@ class Turns:
             hint="Give it back before another task needs it; the holder may wait for that task in"
             f" a way that cannot be seen from here. Or {A_DATABASE}. {see('sandbox')}",
         )
+
+
+def is_or_waits_only_for(holder: asyncio.Task[Any], task: asyncio.Task[Any]) -> bool:
+    """Tell whether what *task* does is done by *holder*, as who has written it sees it."""
+    return holder is task or stands_for(task, holder)
 
 
 def over(name: str) -> OwnershipError:
