@@ -365,7 +365,7 @@ class Lane(Place):
                 del results[0]  # of the preparation
             else:
                 self.unprepared.add(asked.name)
-        elif asked.name in self.unprepared:
+        elif asked.name in self.unprepared and self.shared:
             asked.moved = True  # it relied on the one before it
         if asked.entry is not None:
             asked.validate(self.conn._prepared)
@@ -387,6 +387,8 @@ class Lane(Place):
 
     def move_others(self) -> None:
         """Send those behind the head elsewhere, for it takes long; take nobody more."""
+        if not self.shared:
+            return  # the head is the pool's own, and what is behind it may write
         self.closed = True
         for asked in list(self.under_way)[1:]:
             if not asked.left:

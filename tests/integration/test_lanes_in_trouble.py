@@ -421,3 +421,44 @@ async def test_who_shares_and_who_writes_follows_a_fail_over(make_manager: MakeM
             await asyncio.gather(*tasks)
         await db.execute("insert into written values (2)")
         assert admin(servers.standby.dsn(), "select 1 from written where n = 2")
+
+
+# --- what the pool itself sends before -----------------------------------------------------------
+
+
+async def after_a_stream(db: PoolManager[Any]) -> None:
+    """Leave a connection to whose next statement libpq may answer row by row."""
+    async with db.connection() as conn:
+        await conn.set_autocommit(True)
+        assert [row async for row in conn.cursor().stream("select 1")] == [(1,)]
+
+
+async def after_many_texts(db: PoolManager[Any]) -> None:
+    """Leave a connection on which a statement is to be forgotten before the next."""
+    await db.execute("select 1")
+    await db.execute("select 2")
+
+
+async def prepare_one_statement(conn: Any) -> None:
+    conn.prepare_threshold, conn.prepared_max = 0, 1
+
+
+@pytest.mark.parametrize("before", [after_a_stream, after_many_texts])
+async def test_a_write_behind_what_the_pool_sends_itself_is_sent_once_on_a_slow_network(
+    before: Callable[[PoolManager[Any]], Any],
+    make_manager: MakeManager,
+    table: str,
+    proxy: FaultProxy,
+) -> None:
+    """Only plain reads may be sent twice, whatever is at the head."""
+    proxy.lead_to(table)
+    dsn = psycopg.conninfo.make_conninfo(
+        proxy.dsn, dbname=psycopg.conninfo.conninfo_to_dict(table)["dbname"]
+    )
+    db = make_manager(dsn, min_size=1, max_size=2, configure=prepare_one_statement)
+    await db.open()
+    for n in range(10, 13):
+        await before(db)
+        with proxy.slow(0.05):
+            await db.execute("insert into t values (%s)", (n,))
+    assert await db.fetchval("select count(*) from t where n >= 10") == 3
