@@ -27,6 +27,7 @@ from ._session import Session, remains
 from ._status import ACTIVE
 from ._stopping import CANCEL_GRACE, GLANCE, Asking, Patience
 from ._tasks import forget
+from ._where import own_call_site
 from ._words import in_words
 
 
@@ -45,6 +46,7 @@ async def close(life: Life, timeout: float) -> None:
 
 async def end(life: Life, timeout: float, failure: BaseException | None) -> None:
     """End the life; tell those who wait *failure*, or that the pool is closed."""
+    closed = own_call_site() if failure is None else ""
     life.begin_to_end()
     try:
         await _in_order(life, timeout, failure)
@@ -59,6 +61,7 @@ async def end(life: Life, timeout: float, failure: BaseException | None) -> None
             # Only now: who opens the pool anew must not meet what is left of this life.
             over = life.end()
             over.facts = moment(life).snapshot
+            over.closed = closed
             life.tell_closed()
 
 

@@ -75,6 +75,8 @@ class NoLife:
         self.min_size, self.max_size = options.min_size, options.max_size
         self.last = last
         self.counters = counters or Counters()
+        self.closed = ""
+        """At which line of the program its last life was ended; "" if that was a library's."""
         self.facts: Callable[[], _facts.PoolSnapshot] | None = None
         """Tells what was at the end of its last life, if that was closed."""
 
@@ -96,7 +98,7 @@ class NoLife:
             NotOpenError, ClosedError: Always.
         """
         if self.state is State.CLOSED:
-            raise closed_error(self.name, self.state, self.opened, purpose)
+            raise closed_error(self.name, self.state, self.opened, purpose, self.closed)
         raise NotOpenError(
             f'pool "{self.name}" is not open',
             detail=f"Used {Place.here()} to {purpose}, before any open().",
@@ -136,11 +138,17 @@ def warn_of_constructor(name: str) -> None:
     )
 
 
-def closed_error(name: str, state: State, opened: Place | None, purpose: str = "") -> ClosedError:
+def closed_error(
+    name: str, state: State, opened: Place | None, purpose: str = "", closed: str = ""
+) -> ClosedError:
     """Return the error that says that the pool is closed, or about to be."""
-    used = f" Used {Place.here()} to {purpose}." if purpose else ""
+    facts = [
+        f"Opened {opened}." if opened else "",
+        f"Closed at {closed}." if closed else "",
+        f"Used {Place.here()} to {purpose}." if purpose else "",
+    ]
     return ClosedError(
         f'pool "{name}" is {state.value}',
-        detail=f"Opened {opened}.{used}" if opened else used,
+        detail=" ".join(filter(None, facts)),
         hint=f"open() opens it again. {see('closed')}",
     )

@@ -107,6 +107,12 @@ def call_site() -> str:
     return site(frame.f_code, frame.f_lineno)
 
 
+def own_call_site() -> str:
+    """Return `call_site()`; "" where no code of the program's own has called, but a library's."""
+    frame = program_frame(sys._getframe(1))
+    return "" if _is_installed(frame.f_code.co_filename) else site(frame.f_code, frame.f_lineno)
+
+
 _THE_LOOP = frozenset({"asyncio.base_events", "asyncio.events", "asyncio.runners"})
 
 

@@ -400,7 +400,7 @@ async def test_a_closed_pool_says_so(db: PoolManager) -> None:
     assert re.fullmatch(
         r'pool "orders" is closed\n'
         r"DETAIL:  Opened at .*conftest\.py:\d+ in task \"[^\"]+\" on loop \d+"
-        r" \(\w+, thread \"MainThread\"\)\."
+        r" \(\w+, thread \"MainThread\"\)\. Closed at tests/integration/test_close\.py:\d+\."
         r" Used at tests/integration/test_close\.py:\d+ in task \"[^\"]+\" on loop"
         r" \d+ \(\w+, thread \"MainThread\"\) to acquire a connection\.\n"
         r"HINT:  open\(\) opens it again\. See https://\S+#closed or run: .+ closed",

@@ -121,9 +121,9 @@ async def test_closed(make_manager: MakeManager) -> None:
         caught.value,
         """
         pool "orders" is closed
-        DETAIL:  Opened at SITE in TASK. Used at SITE in TASK to acquire a connection.
+        DETAIL:  Opened at SITE in TASK. Closed at SITE. Used at SITE in TASK to acquire a connection.
         HINT:  open() opens it again. See DOCS#closed
-        """,
+        """,  # noqa: E501
     )
 
 
