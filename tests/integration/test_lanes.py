@@ -62,6 +62,7 @@ async def one(make_manager: MakeManager) -> PoolManager[Any]:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """More is sent behind a statement for as long as a test may be kept from the processor."""
     monkeypatch.setattr(_lane, "LONG", 60.0)
+    monkeypatch.setattr(_lane, "TURN", 60.0)
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ import psycopg
 from poolkeeper import LoopMismatchError, PoolManager, _lane, _oneshots
 
 signal.alarm(25)  # a hang ends the program, and the test with it
-_lane.LONG = _oneshots.SLOW = 60.0
+_lane.LONG = _lane.TURN = _oneshots.SLOW = 60.0
 dsn, how = sys.argv[1:]
 db = PoolManager(dsn, min_size=1, max_size=1, name="orders", timeout=20)
 tasks = []

@@ -121,6 +121,7 @@ async def test_one_that_is_sent_again_elsewhere_is_told_to_come_back_and_ask_aga
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("poolkeeper._lane.LONG", 60.0)
+    monkeypatch.setattr("poolkeeper._lane.TURN", 60.0)
     async with PoolManager(table, min_size=1, max_size=1, timeout=20) as db:
         await know(db, READ, PLAIN)
         heard = Heard(db)

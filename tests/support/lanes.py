@@ -31,8 +31,13 @@ async def know(db: PoolManager[Any], *queries: str) -> None:
 
 
 def trust(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no statement be slow, so that all of them are under way for as long as a test wants."""
+    """
+    Let no statement be slow, so that all of them are under way for as long as a test wants.
+
+    And no turn be over, however long the test is kept from the processor.
+    """
     monkeypatch.setattr(_lane, "LONG", 60.0)
+    monkeypatch.setattr(_lane, "TURN", 60.0)
     monkeypatch.setattr(_oneshots, "SLOW", 60.0)
 
 
