@@ -43,7 +43,7 @@ def things(dsn: str) -> str:
 
 @pytest.fixture
 async def db(things: str, make_manager: Callable[..., PoolManager]) -> AsyncIterator[PoolManager]:
-    manager = make_manager(things, min_size=1, max_size=3, timeout=5)
+    manager = make_manager(things, min_size=1, max_size=3, timeout=60)
     await manager.open()
     yield manager
     assert await manager.fetchall("select n from things") == []

@@ -29,7 +29,7 @@ def things(database: str) -> str:
 
 @pytest.fixture
 async def db(things: str, make_manager: MakeManager) -> AsyncIterator[PoolManager]:
-    async with make_manager(things, min_size=1, max_size=3, timeout=5, name="things") as manager:
+    async with make_manager(things, min_size=1, max_size=3, timeout=60, name="things") as manager:
         yield manager
         assert manager.snapshot().in_use == 0
 
@@ -293,12 +293,12 @@ async def test_a_check_that_refuses_is_asked_again_and_then_told(
             refuses -= 1
             raise ValueError("no")
 
-    async with make_manager(things, min_size=1, check=check) as db, sandbox(db, timeout=0.3):
+    async with make_manager(things, min_size=1, check=check, timeout=60) as db, sandbox(db):
         refuses = 2
         assert await db.fetchval("select 1") == 1
         refuses = 1_000_000
         with pytest.raises(AcquireTimeout, match="its check callback refuses it") as told:
-            await db.fetchval("select 1")
+            await db.fetchval("select 1", timeout=0.1)
         assert isinstance(told.value.__cause__, ValueError)
         refuses = 0
         assert await db.fetchval("select 1") == 1

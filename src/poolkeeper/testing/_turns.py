@@ -33,7 +33,7 @@ from ._seam import Base, SandboxCheckout
 LOOK = 0.05
 """Seconds between two looks of a waiter, whether it waits for itself."""
 
-STOP = 2.0
+STOP = 10.0
 """Seconds that a query has to end which is stopped, for its connection was given back."""
 
 FIRST_REST, LONGEST_REST = 0.01, 0.25
