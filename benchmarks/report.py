@@ -425,8 +425,8 @@ Counted, which does not depend on what else a machine does: bytecodes by `python
 | --- | --- | --- | --- | --- |
 | block with one query | asyncio | 7,340 bytecodes, 20 calls | 4,600, 19 | – |
 | block with one query | uvloop | 2,750, 36 | 2,760, 14 | – |
-| one-shot | asyncio | 7,340, 20 | 2,520, 8 | 2,670, 7 |
-| one-shot | uvloop | 2,820, 36 | 2,110, 7 | 1,260, 12 |
+| one-shot | asyncio | 7,340, 20 | 2,180, 5 | 2,720, 7 |
+| one-shot | uvloop | 2,820, 36 | 1,630, 4 | 1,250, 12 |
 | LangGraph write | asyncio | 13,200, 88 | 12,200, 137 | – |
 | LangGraph write | uvloop | 9,060, 105 | 9,240, 111 | – |
 | acquire + release, 64 tasks on 4 connections | asyncio | 2,920 | 1,580 | – |
@@ -436,9 +436,8 @@ Counted, which does not depend on what else a machine does: bytecodes by `python
   More than a third of the CPU of a block is the kernel's, and half of that is for going to sleep and being woken (perf).
   A block whose three exchanges were psycopg's cost 0.93 (asyncio) and 1.01 (uvloop) of the bare one on a quiet machine, where each wait is a sleep, and 0.67 and 0.63 on a busy one.
   So the number of exchanges counts most: since `BEGIN` goes along with a query that has parameters, there are two.
-- **A one-shot beside a held connection** does all that the held one does, and acquires and gives back besides, which takes 670 bytecodes.
-  On uvloop, whose own part is no bytecode, it has 850 more, and five system calls fewer; on asyncio it has no more of either.
-  Under CPython 3.11 four of its seven calls are `getpid()`, by which asyncio finds out which loop runs.
+- **A one-shot beside a held connection** does all that the held one does, and acquires and gives back besides.
+  On uvloop, whose own part is no bytecode, that is 380 bytecodes more, eight system calls fewer, and 0.93 of the instructions outside of the kernel (callgrind); on asyncio it is 540 bytecodes and two calls fewer, and 0.79 of the instructions.
 - **A LangGraph write** is two pipelines: at each step psycopg asks whether the socket is ready, and so do we.
   There is less in it that a socket which stays watched makes cheaper, and 39 `getpid()` more.
 - **One-shots of 64 tasks, on uvloop**: those that share a connection take 35 µs, and 26 on asyncio; those that do not, 73 and 101.
