@@ -237,7 +237,7 @@ def _note_slow(lane: Lane) -> None:
         head.known = None
     if not lane.users and not lane.promised:
         lane.stop_for_nobody()  # what was moved, and is slow itself
-    elif len(lane.under_way) > 1:
+    elif lane.shared and len(lane.under_way) > 1:  # else what goes before was sent for nobody
         lane.move_others()
 
 

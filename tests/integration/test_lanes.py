@@ -267,6 +267,20 @@ async def prepare_three(conn: psycopg.AsyncConnection[Any]) -> None:
     conn.prepared_max = 3
 
 
+async def test_what_writes_is_sent_once_however_late_what_was_sent_before_it_is(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_oneshots, "SLOW", -60.0)
+    monkeypatch.setattr(_oneshots, "TICK", 0.0)
+    kwargs = {"prepare_threshold": 0}
+    async with PoolManager(
+        table, min_size=1, kwargs=kwargs, configure=prepare_three, pipeline=True
+    ) as db:
+        for n in range(10, 30):
+            # The server is to forget an earlier one first: that is sent for nobody.
+            assert await db.execute(f"insert into t values (%s + {n})", (n,)) == 1
+
+
 async def test_who_relied_on_what_could_not_be_prepared_is_sent_again(table: str) -> None:
     query = "select n from t where n = %s"
     kwargs = {"prepare_threshold": 5}
