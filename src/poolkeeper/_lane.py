@@ -103,10 +103,9 @@ class Lane(Place):
     converter: Converter
 
     def __init__(self, room: Room, session: Session) -> None:
-        self._room = room
-        self._loop = room.loop
-        self.pgconn: Any = session.pgconn
+        self._room, self._loop = room, room.loop
         self.wire: Wire = session.wire
+        self.pgconn: Any = session.pgconn
         self.users = self.promised = 0
         """Tasks that wait here, or fetch their answer; that were told to come."""
         self.under_way: deque[Asked] = deque()
@@ -387,8 +386,6 @@ class Lane(Place):
 
     def move_others(self) -> None:
         """Send those behind the head elsewhere, for it takes long; take nobody more."""
-        if not self.shared:
-            return  # the head is the pool's own, and what is behind it may write
         self.closed = True
         for asked in list(self.under_way)[1:]:
             if not asked.left:
