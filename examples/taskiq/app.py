@@ -14,7 +14,10 @@ from poolkeeper import PoolManager
 from poolkeeper.adapters.taskiq import setup
 
 db = PoolManager(lambda: os.environ["DATABASE_URL"], min_size=1, max_size=4, name="ledger")
-broker = ListQueueBroker(os.environ.get("REDIS_URL", "redis://localhost"))
+broker = ListQueueBroker(
+    os.environ.get("REDIS_URL", "redis://localhost"),
+    socket_timeout=None,  # redis-py 8 gives up reading after 5 s
+)
 setup(broker, db)
 
 
