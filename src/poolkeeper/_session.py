@@ -191,6 +191,11 @@ class Session:
         self.wire.let_go()
         self.pgconn.finish()
 
+    def __del__(self) -> None:
+        # At once: what keeps the wire for a while is a timer, for the sake of who waits.
+        if (wire := getattr(self, "wire", None)) is not None:
+            wire.let_go()
+
     def is_quiet(self) -> bool:
         """
         Tell whether nothing has come from the server. Costs no round trip.

@@ -213,9 +213,6 @@ class Wire:
             except RuntimeError:  # the loop was closed meanwhile
                 socket.close(descriptor)
 
-    def __del__(self) -> None:
-        self.let_go()
-
 
 def _poll_for(fileno: int) -> Callable[[], int]:
     """Return a function that says, at once, for what *fileno* is ready."""

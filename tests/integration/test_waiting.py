@@ -84,6 +84,24 @@ async def test_an_idle_session_that_is_ended_keeps_nobody_busy(
 
 
 @needs_proc
+async def test_a_session_that_is_dropped_lets_go_of_its_socket_at_once(
+    make_manager: MakeManager,
+) -> None:
+    """Also within the quarter of a second in which a timer would still look at it."""
+    db = make_manager(min_size=1, max_size=1, name="orders")
+    await db.open()
+    assert await db.fetchval("select 42") == 42
+    gc.collect()
+    before = sockets()
+    conn: Any = life(db.pool).idle.pop()
+    conn._session.in_pool = False
+    conn.pgconn.finish()
+    del conn
+    gc.collect()
+    assert sockets() == before - 2  # libpq's and its duplicate
+
+
+@needs_proc
 async def test_no_descriptor_is_left_however_a_session_ends(
     make_manager: MakeManager, dsn: str
 ) -> None:
