@@ -183,6 +183,29 @@ async def test_what_is_in_slots_is_as_before_for_the_next_borrower(
             conn.never = "set"
 
 
+async def test_what_is_in_slots_is_there_still_where_a_stream_was_left_half_way(
+    make_manager: MakeManager,
+) -> None:
+    """What was done before the stream is committed by an object that stands for the handle."""
+
+    class Says(Slots):
+        __slots__ = ()
+        said: list[Any] = []  # noqa: RUF012
+
+        async def commit(self) -> None:
+            self.said.append((self.tenant, self.secret(), hasattr(self, "never")))
+            await super().commit()
+
+    db = await opened(make_manager, Says)
+    async with db.connection() as conn:
+        conn.tenant = "acme"
+        rows = conn.cursor().stream("select generate_series(1, 100000)")
+        await anext(rows)
+    assert ("acme", 41, False) in Says.said
+    await rows.aclose()
+    assert await db.fetchval("select 1") == 1
+
+
 class OwnNew(AsyncConnection[Any]):
     def __new__(cls, pgconn: Any, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)

@@ -633,6 +633,36 @@ def test_a_handle_that_was_given_back_is_refused_elsewhere_too(dsn: str, loop_na
         place.own(close())
 
 
+class OwnWait(psycopg.AsyncConnection[Any]):
+    """A class with a wait() of its own, which may do without ours."""
+
+    async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        return await super().wait(gen, *args, **kwargs)
+
+
+@pytest.mark.parametrize("connection_class", [psycopg.AsyncConnection, OwnWait])
+async def test_who_drives_an_exchange_himself_elsewhere_is_refused(
+    connection_class: Any, dsn: str
+) -> None:
+    """He does not ask for the lock, which would have refused him."""
+    async with (
+        PoolManager(
+            dsn, min_size=1, max_size=1, name="orders", connection_class=connection_class
+        ) as db,
+        db.connection() as conn,
+    ):
+        conn.pgconn.send_query(b"select 42")
+
+        def elsewhere() -> None:
+            asyncio.run(conn.wait(psycopg.generators.execute(conn.pgconn)))
+
+        with pytest.raises(LoopMismatchError, match="work on one of its connections"):
+            await asyncio.to_thread(elsewhere)
+        (result,) = await conn.wait(psycopg.generators.execute(conn.pgconn))
+        assert result.get_value(0, 0) == b"42"
+        await conn.rollback()
+
+
 def test_reading_numbers_needs_no_loop(dsn: str, loop_name: str) -> None:
     with SameThread(loop_name) as place:
         held = place.hold(dsn)

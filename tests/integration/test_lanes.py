@@ -281,6 +281,38 @@ async def test_what_writes_is_sent_once_however_late_what_was_sent_before_it_is(
             assert await db.execute(f"insert into t values (%s + {n})", (n,)) == 1
 
 
+async def test_libpq_before_17_forgets_by_a_statement(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot close a prepared statement by a message."""
+    monkeypatch.setattr(psycopg.capabilities, "has_send_close_prepared", lambda check=False: False)
+    db = make_manager(
+        min_size=1, max_size=1, pipeline=True, kwargs={"prepare_threshold": 0},
+        configure=prepare_three,
+    )  # fmt: skip
+    async with db:
+        for n in range(8):
+            assert await db.fetchval(f"select %s::int + {n}", (1,)) == 1 + n
+        names = {name for (name,) in await db.fetchall("select name from pg_prepared_statements")}
+        assert 1 <= len(names) <= 4
+        async with db.connection() as conn:
+            # The server forgets all of them, and psycopg is to know.
+            await conn.execute("deallocate all")
+        for n in range(8):
+            assert await db.fetchval(f"select %s::int + {n}", (1,)) == 1 + n
+
+
+async def test_who_brings_many_rows_has_a_connection_to_himself_from_then_on(
+    one: PoolManager[Any],
+) -> None:
+    query = "select generate_series(1, %s::int)"
+    await know(one, query)
+    assert len(await one.fetchall(query, (1000,))) == 1000
+    assert lanes(one).texts.known(query).shares
+    assert len(await one.fetchall(query, (1001,))) == 1001
+    assert not lanes(one).texts.known(query).shares
+
+
 async def test_who_relied_on_what_could_not_be_prepared_is_sent_again(table: str) -> None:
     query = "select n from t where n = %s"
     kwargs = {"prepare_threshold": 5}

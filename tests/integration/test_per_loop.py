@@ -22,6 +22,7 @@ from poolkeeper import (
     OpenError,
     PoolManager,
     PoolPerLoop,
+    _per_loop,
 )
 from tests.support.programs import run_program
 
@@ -285,6 +286,39 @@ def test_loops_made_per_call_are_named_once(make_pools: MakePools) -> None:
     assert "has run 3 event loops, one after the other" in str(warning.message)
 
 
+def test_loops_that_lived_for_long_are_not_called_loops_per_call(
+    make_pools: MakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_per_loop, "_SHORT", 0.0)
+    pools = make_pools(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoopPerCallWarning)
+        for _ in range(5):
+            asyncio.run(use(pools))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loop_that_dies_unused_or_in_the_line_takes_nothing_with_it(
+    make_pools: MakePools,
+) -> None:
+    """One has a pool and nothing that runs on the server; the other still waits for a share."""
+    pools = make_pools(1, max_size=1)
+    idle, waits = asyncio.new_event_loop(), asyncio.new_event_loop()
+    idle.run_until_complete(use(pools))
+    task: Any = waits.create_task(pools.current())
+    waits.run_until_complete(asyncio.sleep(0.05))
+    assert repr(pools) == "<PoolPerLoop budget=1 free=0 loops=2>"
+    for loop in (idle, waits):
+        loop.close()
+    asyncio.run(use(pools))
+    until(lambda: repr(pools) == "<PoolPerLoop budget=1 free=1 loops=0>")
+    # What is left of it ends when it is collected, and strikes nobody out.
+    task._log_destroy_pending = False
+    task.get_coro().close()
+    asyncio.run(use(pools))
+    until(lambda: repr(pools) == "<PoolPerLoop budget=1 free=1 loops=0>")
+
+
 def test_no_loop_and_no_budget_are_refused(make_pools: MakePools) -> None:
     pools = make_pools(2)
     with pytest.raises(LoopMismatchError, match="no event loop whose pool"):
@@ -314,6 +348,21 @@ def test_a_pool_that_cannot_be_opened_takes_nothing(dsn: str) -> None:
         with pytest.raises(OpenError, match='role "nobody_there" does not exist'):
             asyncio.run(use(pools))
     until(lambda: repr(pools) == "<PoolPerLoop budget=4 free=4 loops=0>")
+
+
+async def test_who_waits_for_a_pool_that_cannot_be_opened_asks_for_one_of_his_own(
+    dsn: str,
+) -> None:
+    """The first of two on one loop finds no server; the second is not told of that."""
+    wrong = psycopg.conninfo.make_conninfo(dsn, user="nobody_there")
+    conninfos = iter([wrong, dsn])
+    pools = PoolPerLoop(lambda: PoolManager(next(conninfos), min_size=1, name=NAME), budget=4)
+    first, second = await asyncio.gather(pools.current(), pools.current(), return_exceptions=True)
+    assert isinstance(first, OpenError)
+    assert isinstance(second, PoolManager)
+    assert await pools.current() is second
+    assert await second.fetchval("select 1") == 1
+    await pools.close()
 
 
 def test_the_users_own_conninfo_and_configure_are_called(dsn: str) -> None:

@@ -187,6 +187,8 @@ def test_what_is_no_function_or_no_manager_is_refused_at_once(portal: Portal) ->
     for call in (portal.run, portal.submit):
         with pytest.raises(ConfigError, match=rf"Write portal.{call.__name__}\(put, \.\.\.\)"):
             call(put())  # type: ignore[operator]
+        with pytest.raises(ConfigError, match=rf"{call.__name__}\(\) cannot call a int"):
+            call(42)  # type: ignore[operator]
     with pytest.raises(ConfigError, match="manager cannot be <class 'str'>") as refused:
         Portal("postgresql://me:secret@localhost")  # type: ignore[arg-type]
     assert "secret" not in str(refused.value)
@@ -361,6 +363,78 @@ def test_a_call_that_was_sent_too_late_does_not_wait_for_ever(portal: Portal) ->
         thread.loop.close()
         thread.loop = loop
     assert portal.fetchval("select 1") == 1  # the dead one is found closed, and replaced
+
+
+class Closed(asyncio.SelectorEventLoop):
+    """A loop that is closed at the very moment at which a call is sent to it."""
+
+    close_first: Callable[[], None] | None = None
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:
+        close, Closed.close_first = Closed.close_first, None
+        if close is not None:
+            close()
+        return super().call_soon_threadsafe(*args, **kwargs)
+
+
+@pytest.mark.parametrize("opens", [False, True], ids=["closed", "closed-and-opened"])
+def test_who_calls_as_it_is_being_closed_is_refused_or_served_by_the_next_loop(
+    make_portal: MakePortal, monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    portal = make_portal(loop_factory=Closed)
+
+    def close() -> None:
+        portal.close()
+        if opens:
+            portal.open()
+
+    portal.open()
+    monkeypatch.setattr(Closed, "close_first", close)
+    if opens:
+        assert portal.fetchval("select 42") == 42
+    else:
+        with pytest.raises(ClosedError, match='portal of pool "orders" is closed'):
+            portal.fetchval("select 42")
+    assert Closed.close_first is None
+
+
+def test_who_calls_as_it_is_being_closed_twice_is_refused(
+    make_portal: MakePortal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal = make_portal(loop_factory=Closed)
+
+    def close_again() -> None:
+        portal.close()
+        portal.open()
+        Closed.close_first = portal.close
+
+    portal.open()
+    monkeypatch.setattr(Closed, "close_first", close_again)
+    with pytest.raises(ClosedError, match='portal of pool "orders" is closed'):
+        portal.fetchval("select 42")
+    assert Closed.close_first is None
+
+
+def test_threads_that_call_first_at_the_same_time_begin_one_loop(make_portal: MakePortal) -> None:
+    begun = threading.Semaphore(0)
+    made: list[asyncio.AbstractEventLoop] = []
+
+    def loop() -> asyncio.AbstractEventLoop:
+        for _ in range(4):
+            assert begun.acquire(timeout=20)
+        time.sleep(0.05)  # for them to come to where one has to wait
+        made.append(asyncio.SelectorEventLoop())
+        return made[-1]
+
+    portal = make_portal(loop_factory=loop)
+
+    def call(number: int) -> Any:
+        begun.release()
+        return portal.fetchval("select %s::int", (number,))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(call, range(4))) == [0, 1, 2, 3]
+    assert len(made) == 1
 
 
 def test_one_that_is_dropped_closes_its_pool(dsn: str) -> None:

@@ -115,6 +115,35 @@ async def test_a_server_that_does_not_stop_it_costs_the_connection(
     assert await db.fetchval("select 42") == 42
 
 
+class OwnAutocommit(psycopg.AsyncConnection[Any]):
+    """Sees who switches autocommit on, so it is left to psycopg's cursors."""
+
+    switched = 0
+
+    async def set_autocommit(self, value: bool) -> None:
+        OwnAutocommit.switched += 1
+        await super().set_autocommit(value)
+
+
+async def test_a_statement_that_goes_by_psycopgs_cursor_is_limited_as_well(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OwnAutocommit, "switched", 0)
+    db = make_manager(min_size=1, max_size=1, name="orders", connection_class=OwnAutocommit)
+    async with db:
+        pid = await db.fetchval("select pg_backend_pid()", query_timeout=20)
+        with pytest.raises(QueryTimeout, match=r"query_timeout=0\.10 s") as caught:
+            await db.execute("select pg_sleep(60)", query_timeout=0.1)
+        assert "is still good" in str(caught.value.detail)
+        assert "tests/integration/test_query_timeout.py" in str(caught.value.detail)
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await db.execute("select 1 / 0", query_timeout=20)
+        assert await db.fetchval("select pg_backend_pid()", query_timeout=20) == pid
+        # Once for each, and none of them was left in a transaction.
+        assert OwnAutocommit.switched == 4
+        assert db.pool.counts()["idle"] == 1
+
+
 @pytest.mark.parametrize("seconds", [-1, "5", True])
 async def test_what_is_no_number_of_seconds_is_refused(one: PoolManager[Any], seconds: Any) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import select
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -354,6 +357,66 @@ async def test_a_connection_that_is_reset_is_noticed_on_every_loop(state: int) -
                 assert await wire.ready(state, None)
         finally:
             wire.let_go()
+
+
+async def test_a_wire_without_poll_says_for_what_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows."""
+    monkeypatch.delattr(select, "poll")
+    one, other = socket.socketpair()
+    with one, other:
+        wire = Wire(one.fileno(), LoopBinding("orders"))
+        assert wire.ready_now(READ | WRITE) == WRITABLE
+        assert wire.ready_now(READ) == 0
+        other.send(b"unread")
+        assert wire.ready_now(READ | WRITE) == READABLE | WRITABLE
+        assert wire.ready_now(READ) == READABLE
+
+
+@needs_proc
+async def test_a_wire_that_another_thread_lets_go_is_forgotten_by_its_loop() -> None:
+    """As a collection of garbage does, wherever it comes by; something may have come by then."""
+    loop, failed = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _loop, context: failed.append(context))
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        wires = [Wire(one.fileno(), LoopBinding("orders"))]
+        wires[0].watch(loop)
+        descriptor = wires[0].descriptor
+
+        def is_open() -> bool:
+            with suppress(OSError):
+                return os.path.sameopenfile(descriptor, one.fileno())
+            return False
+
+        assert is_open()
+        other.send(b"unread")
+        await asyncio.sleep(0)  # the loop is about to tell of it
+        thread = threading.Thread(target=wires.clear)
+        thread.start()
+        thread.join()
+        await until(lambda: not is_open())
+        assert one.recv(100) == b"unread"
+    assert not failed
+
+
+async def test_a_connection_that_its_borrower_resets_goes_on_with_its_new_socket(
+    make_manager: MakeManager,
+) -> None:
+    free = os.open(os.devnull, os.O_RDONLY)
+    db = make_manager(min_size=1, max_size=1, name="orders")
+    await db.open()
+    async with db.connection() as conn:
+        await conn.set_autocommit(True)
+        await conn.execute("select 1")
+        old = conn.pgconn.socket
+        os.close(free)  # a number that the new socket gets
+        conn.pgconn.reset()
+        assert conn.pgconn.socket != old
+        cursor = await conn.execute("select 42 from pg_sleep(0.05)")
+        assert await cursor.fetchone() == (42,)
 
 
 @needs_proc
