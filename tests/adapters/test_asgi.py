@@ -23,7 +23,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 from typing_extensions import override
 
-from poolkeeper import NotOpenError, OpenError, PoolManager
+from poolkeeper import NoConnectionError, NotOpenError, OpenError, PoolManager
 from poolkeeper.adapters import fastapi, starlette
 from poolkeeper.adapters.asgi import KEY, LifespanMiddleware, connection_from, exhausted, pool_from
 from poolkeeper.errors import see
@@ -645,6 +645,24 @@ async def test_a_connection_that_is_held_while_a_body_is_sent_is_named_with_its_
 
 
 # --- no lifespan ---------------------------------------------------------------------------------
+
+
+async def test_a_response_that_has_begun_is_not_begun_again_with_a_503() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise NoConnectionError("no connection")
+
+    sent: list[Any] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message["type"])
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request"}
+
+    with pytest.raises(NoConnectionError):
+        await exhausted(app)({"type": "http"}, receive, send)
+    assert sent == ["http.response.start"]
 
 
 async def test_without_a_lifespan_the_error_says_what_to_do(manager: PoolManager[Any]) -> None:

@@ -226,6 +226,13 @@ class TestFalcon(Conformance):
         with pytest.raises(NotOpenError, match="Give the application middleware="):
             pool_from(create_asgi_req())
 
+    async def test_an_end_without_a_start_leaves_the_pool_to_whoever_opened_it(
+        self, db: PoolManager[Any]
+    ) -> None:
+        async with db:
+            await PoolMiddleware(db).process_shutdown({}, {})
+            assert db.state == "open"
+
     async def test_two_pools_live_side_by_side(self, dsn: str, db: PoolManager[Any]) -> None:
         other = PoolManager(dsn, min_size=1, max_size=1, name="reports")
 

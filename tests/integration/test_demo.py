@@ -10,12 +10,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
-from poolkeeper import __version__
+from poolkeeper import __version__, _embedded
+from poolkeeper._demo import app
 from poolkeeper._demo.catalogue import MISTAKES
-from poolkeeper._demo.programs import Run
+from poolkeeper._demo.programs import Programs, Run, environment
+from poolkeeper._demo.show import show
 from tests.support.server import admin
 from tests.support.waiting import eventually
 
@@ -173,8 +177,6 @@ def test_a_program_that_tells_nothing_keeps_no_promise(case) -> None:
 
 def test_what_the_bare_pool_does_is_not_taken_for_a_promise_kept(dsn: str) -> None:
     # The bare pool's own results, said to be poolkeeper's: each must be found out.
-    from poolkeeper._demo.programs import Programs, environment
-
     admin(dsn, "create schema poolkeeper_demo_bare")
     admin(dsn, "create table poolkeeper_demo_bare.notes (note text)")
     programs = Programs(environment(dsn, "poolkeeper_demo_bare", ""))
@@ -186,3 +188,113 @@ def test_what_the_bare_pool_does_is_not_taken_for_a_promise_kept(dsn: str) -> No
     finally:
         programs.stop()
         admin(dsn, "drop schema poolkeeper_demo_bare cascade")
+
+
+def test_what_is_not_as_promised_is_said_and_is_the_exit_status(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def no_books(dsn: str, schema: str) -> app.Books:
+        return app.Books()
+
+    def nothing(self: Programs, program: str, side: Any) -> Run:
+        return Run(side, {}, killed=False, code=1, last_words="Boom", ended=0.0)
+
+    monkeypatch.setattr(app, "run", no_books)
+    monkeypatch.setattr(Programs, "run", nothing)
+    assert show(dsn, None) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"THE SUMS OF THE APP ARE WRONG. 0 of {len(CASES)} as poolkeeper promises." in words
+    _, told = words.split("NOT AS PROMISED: ")
+    for case in CASES:
+        assert case.label in told
+    assert not schemas(dsn)
+
+
+def test_who_may_make_no_schema_is_told_so(
+    database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    role = "poolkeeper_demo_guest"
+    admin(database, f"create role {role} login")
+    try:
+        assert show(make_conninfo(database, user=role), None) == 2
+    finally:
+        admin(database, f"drop role {role}")
+    said = capsys.readouterr()
+    assert said.err.startswith("cannot make a schema for the demo: psycopg.errors.Insuff")
+    assert "1. A small app" not in said.out
+
+
+def test_no_program_starts_after_the_end() -> None:
+    programs = Programs({})
+    programs.stop()
+    with pytest.raises(RuntimeError, match="stopped"):
+        programs.run("fork", "bare")
+
+
+class Server:
+    """In place of a server of the demo's own: notes what becomes of it."""
+
+    last: Server
+
+    def __init__(self, settings: dict[str, Any], hba: list[str]) -> None:
+        self.running = False
+        self.closed = False
+        Server.last = self
+
+    def start(self) -> None:
+        self.running = True
+
+    def dsn(self) -> str:
+        raise RuntimeError("a bug")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class NoStart(Server):
+    def start(self) -> None:
+        raise RuntimeError("pg_ctl failed: no room left")
+
+
+class Ended(Server):
+    def start(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        super().start()  # in order, although it is told to end meanwhile
+
+
+def test_an_own_server_that_does_not_start_is_said_and_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_embedded, "EmbeddedServer", NoStart)
+    assert show(None, None) == 2
+    assert "cannot start a PostgreSQL: pg_ctl failed: no room left" in capsys.readouterr().err
+    assert Server.last.closed
+
+
+def test_an_error_after_the_start_is_not_called_one_of_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_embedded, "EmbeddedServer", Server)
+    with pytest.raises(RuntimeError, match="a bug"):
+        show(None, None)
+    assert Server.last.closed
+
+
+@pytest.mark.parametrize("interrupt", [signal.default_int_handler, signal.SIG_IGN])
+def test_told_to_end_while_its_server_starts_it_ends_after_the_start(
+    monkeypatch: pytest.MonkeyPatch, interrupt: Any
+) -> None:
+    """Also where Ctrl-C is ignored, as it is for what a shell runs in the background."""
+    monkeypatch.setattr(_embedded, "EmbeddedServer", Ended)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            show(None, None)
+        assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert Server.last.running
+    assert Server.last.closed
