@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
-from time import monotonic
+from contextlib import nullcontext
+from time import monotonic, sleep
 
 import psycopg
 import pytest
@@ -61,6 +63,30 @@ async def test_a_network_that_stalls_is_slow_or_refuses(dsn: str, make_manager: 
             with pytest.raises(psycopg.OperationalError):  # an AcquireTimeout is one
                 await db.fetchval("select 1", timeout=0.1)
         assert await db.fetchval("select 1") == 1
+
+
+def test_a_network_that_resets_a_connection(dsn: str) -> None:
+    with FaultProxy(dsn) as proxy:
+        proxy.silent = True
+        for reset in (False, True):
+            with socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as link:
+                while proxy.accepted < 1 + reset:
+                    sleep(0.01)
+                proxy.cut(reset=reset)
+                with pytest.raises(ConnectionResetError) if reset else nullcontext():
+                    assert link.recv(1) == b""
+
+
+async def test_a_network_that_tears_an_answer_does_it_once(dsn: str, make_manager: Make) -> None:
+    with FaultProxy(dsn) as proxy:
+        async with make_manager(proxy.dsn, min_size=1, max_size=1, timeout=60) as db:
+            async with db.connection() as conn:
+                await conn.execute("select 1")
+                proxy.tear = True
+                with pytest.raises(psycopg.OperationalError):
+                    await conn.execute("select 1")
+                await conn.close()
+            assert await db.fetchval("select 1") == 1
 
 
 async def test_logins_that_are_refused_are_taken_again(database: str, make_manager: Make) -> None:

@@ -209,6 +209,48 @@ async def test_a_pytest_asyncio_that_is_too_old_is_told_so(
     assert "Install pytest-asyncio 0.25 or later" in str(unowned)
 
 
+class Item(OldItem):
+    """A test with those markers, and the settings of pytest-asyncio as they are at first."""
+
+    def __init__(self, *markers: str) -> None:
+        self.markers = markers
+
+    def getini(self, name: str) -> str:
+        return ""
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return getattr(pytest.mark, name).mark if name in self.markers else None
+
+
+@pytest.mark.parametrize(
+    ("item", "scope", "of_pool"),
+    [
+        (Item("asyncio"), "module", "another"),  # which no fixture has opened
+        (Item("asyncio"), "function", "narrow"),  # on the same loop
+        (Item("anyio"), "function", "narrow"),
+        (Item(), "module", "narrow"),  # of another plugin
+    ],
+)
+async def test_a_hint_stays_where_settings_are_not_what_is_wrong(
+    make_manager: Callable[..., PoolManager],
+    monkeypatch: pytest.MonkeyPatch,
+    item: Item,
+    scope: str,
+    of_pool: str,
+) -> None:
+    monkeypatch.setattr(pytest_asyncio, "__version__", "0.25.0")
+    monkeypatch.setattr(logging.getLogger("poolkeeper"), "handlers", [])
+    fixture = types.SimpleNamespace(scope=scope, func=None, argname="pool")
+    async with make_manager(min_size=1, name="narrow"):
+        watch = Watch()
+        watch.fixture_was_set_up(fixture)
+        mismatch = LoopMismatchError(f'pool "{of_pool}" is bound to another loop', hint="As ever")
+        unowned = OwnershipError("belongs to no test", hint="Allow it")
+        for error in (mismatch, unowned):
+            watch.advise(item, error)
+    assert (mismatch.hint, unowned.hint) == ("As ever", "Allow it")
+
+
 def test_the_module_of_the_plugin_loads_nothing_of_poolkeeper_or_psycopg() -> None:
     source = Path(pytest_poolkeeper.__file__).parents[1]
     program = (
@@ -225,6 +267,18 @@ def test_the_module_of_the_plugin_loads_nothing_of_poolkeeper_or_psycopg() -> No
     assert said.stdout.split() == ["pytest_poolkeeper"]
 
 
+def test_a_run_that_does_not_use_poolkeeper_does_not_load_it(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import sys\n\n"
+        "def test_one(tmp_path):\n    pass\n\n"
+        "def test_two(poolkeeper_schema):\n"
+        "    assert poolkeeper_schema == ''\n"
+        "    assert not [name for name in sys.modules if name.startswith('poolkeeper')]\n"
+    )
+    ran = run_pytest(tmp_path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "2 passed" in ran.stdout
+
+
 # --- servers and templates ------------------------------------------------------------------------
 
 
@@ -236,6 +290,54 @@ def test_a_server_is_a_dsn_or_one_of_two_words(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "testcontainers.postgres", None)
     with pytest.raises(MissingDependencyError, match="testcontainers"), server("container"):
         pass
+
+
+def test_a_container_is_a_server_or_it_is_said_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoDocker(Exception):
+        __module__ = "docker.errors"
+
+    class Container:
+        fails: Exception | None = None
+
+        def __init__(self, image: str, driver: str | None) -> None:
+            if self.fails is not None:
+                raise self.fails
+            self.told = [image]
+
+        def with_command(self, command: str) -> None:
+            self.told.append(command)
+
+        def __enter__(self) -> Container:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.told.clear()
+
+        def get_connection_url(self) -> str:
+            return f"postgresql://there/?{self.told}"
+
+    module: Any = types.ModuleType("testcontainers.postgres")
+    module.PostgresContainer = Container
+    monkeypatch.setitem(sys.modules, "testcontainers", types.ModuleType("testcontainers"))
+    monkeypatch.setitem(sys.modules, "testcontainers.postgres", module)
+    with server("container") as dsn:
+        assert dsn.startswith("postgresql://there/?['postgres:")
+        assert "max_connections" in dsn
+    Container.fails = NoDocker("Connection refused")
+    with (
+        pytest.raises(MissingDependencyError, match=r"no Docker here(.|\n)*Connection refused"),
+        server("container"),
+    ):
+        pass
+    Container.fails = ZeroDivisionError("another fault")
+    with pytest.raises(ZeroDivisionError, match="another fault"), server("container"):
+        pass
+
+
+def test_a_template_may_be_empty(dsn: str) -> None:
+    with Template(dsn) as template, template.copy() as copy, psycopg.connect(copy) as conn:
+        tables = conn.execute("select count(*) from pg_tables where schemaname = 'public'")
+        assert tables.fetchone() == (0,)
 
 
 def test_copies_of_a_template_do_not_know_each_other(dsn: str) -> None:

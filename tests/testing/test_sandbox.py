@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -394,6 +395,73 @@ async def test_in_autocommit_a_statement_tells_of_its_deferred_constraint(
             await conn.execute("select 1")
 
 
+async def test_in_autocommit_what_a_pipeline_has_done_stays(db: PoolManager) -> None:
+    async with sandbox(db):
+        async with db.connection() as conn:
+            await conn.set_autocommit(True)
+            async with conn.pipeline():
+                await conn.execute("insert into things values (1)")
+            await conn.set_autocommit(False)
+            await conn.execute("insert into things values (2)")
+            await conn.rollback()
+        assert await numbers(db) == [1]
+
+
+async def test_a_rollback_in_a_pipeline_takes_back_what_was_sent_in_it(db: PoolManager) -> None:
+    async with sandbox(db), db.connection() as conn:
+        async with conn.pipeline():
+            await conn.execute("insert into things values (1)")
+            await conn.rollback()
+            await conn.execute("insert into things values (2)")
+            await conn.commit()
+        cursor = await conn.execute("select n from things")
+        assert await cursor.fetchall() == [(2,)]
+
+
+async def test_a_commit_in_a_pipeline_tells_of_an_error_before_it(db: PoolManager) -> None:
+    async with sandbox(db):
+        await db.execute("insert into things values (1)")
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            async with db.connection() as conn, conn.pipeline():
+                await conn.execute("insert into things values (2)")
+                await conn.execute("insert into things values (1)")
+                await conn.commit()
+        assert await numbers(db) == [1]
+
+
+async def test_a_connection_may_be_closed_twice_unused_and_in_a_block(db: PoolManager) -> None:
+    async with sandbox(db):
+        async with db.connection() as conn:
+            await conn.close()
+            await conn.close()
+            assert conn.closed
+        async with db.connection() as conn:
+            with suppress(psycopg.Error):
+                async with conn.transaction():
+                    await conn.execute("insert into things values (1)")
+                    await conn.close()
+            assert conn.closed
+        assert await numbers(db) == []
+
+
+async def test_an_outer_transaction_ends_beside_a_connection_that_has_begun_none(
+    db: PoolManager,
+) -> None:
+    async with sandbox(db):
+        async with db.connection() as outer, db.connection() as inner:
+            await outer.execute("insert into things values (1)")
+            await outer.commit()
+            await outer.execute("insert into things values (2)")
+            await inner.execute("insert into things values (3)")
+            await outer.rollback()  # and what lies within
+            await inner.commit()
+            await outer.execute("insert into things values (4)")
+            await inner.execute("insert into things values (5)")
+            await outer.rollback()
+            await inner.rollback()
+        assert await numbers(db) == [1]
+
+
 # --- what cannot be ------------------------------------------------------------------------------
 
 
@@ -588,6 +656,63 @@ async def test_who_waits_in_vain_is_told_who_holds(db: PoolManager) -> None:
         assert await db.fetchval("select 1") == 1
 
 
+async def test_who_is_cancelled_in_a_turn_to_talk_passes_it_on(db: PoolManager) -> None:
+    async with (
+        sandbox(db),
+        db.connection() as first,
+        db.connection() as second,
+        db.connection() as third,
+        db.connection() as fourth,
+    ):
+        stream = first.cursor().stream("select generate_series(1, 9)")
+        assert await anext(stream) == (1,)
+        tasks = [asyncio.create_task(conn.execute("select 1")) for conn in (second, third, fourth)]
+        while not all(conn.lock.locked() for conn in (second, third, fourth)):
+            await asyncio.sleep(0)
+        await stream.aclose()  # it is the turn of the second now
+        tasks[0].cancel()
+        tasks[1].cancel()
+        cursor = await asyncio.wait_for(tasks[2], 60)
+        assert await cursor.fetchone() == (1,)
+        await asyncio.wait(tasks)
+        assert [task.cancelled() for task in tasks] == [True, True, False]
+
+
+async def test_who_is_cancelled_before_a_turn_to_talk_leaves_the_line(db: PoolManager) -> None:
+    async with sandbox(db), db.connection() as outer, db.connection() as inner:
+        stream = outer.cursor().stream("select generate_series(1, 9)")
+        assert await anext(stream) == (1,)
+        task = asyncio.create_task(inner.execute("select 1"))
+        while not inner.lock.locked():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [row async for row in stream] == [(n,) for n in range(2, 10)]
+        cursor = await inner.execute("select 2")
+        assert await cursor.fetchone() == (2,)
+
+
+async def test_who_waits_when_the_test_ends_is_told(db: PoolManager) -> None:
+    holds = asyncio.Event()
+
+    async def hold() -> None:
+        async with db.connection():
+            holds.set()
+            await asyncio.Event().wait()
+
+    with pytest.raises(LeftBehindError, match="in hold"):
+        async with sandbox(db):
+            holder = asyncio.create_task(hold())
+            await holds.wait()
+            waiting = [asyncio.create_task(db.fetchval("select 1")) for _ in range(2)]
+            await asyncio.sleep(0)
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(ex) for ex in done] == [OwnershipError] * 2
+    holder.cancel()
+    await asyncio.wait({holder})
+
+
 async def test_a_connection_that_another_task_has_handed_on_is_there(db: PoolManager) -> None:
     async with sandbox(db):
         conn = await asyncio.create_task(db.pool.getconn())
@@ -748,6 +873,36 @@ async def test_a_sandbox_is_entered_once_and_not_within_another(db: PoolManager)
     with pytest.raises(SandboxError, match="ended"):
         box.allow(print)
     assert await db.fetchval("select 1") == 1
+
+
+async def test_a_shared_sandbox_is_the_only_one_of_its_pool(db: PoolManager) -> None:
+    async def shared() -> None:
+        with pytest.raises(SandboxError, match=r"beside another one(.|\n)*test_sandbox.py:\d+"):
+            await sandbox(db, shared=True).__aenter__()
+
+    elsewhere = contextvars.copy_context()  # another test's
+    async with sandbox(db):
+        await asyncio.create_task(shared(), context=elsewhere)
+
+
+async def test_a_manager_that_a_sandbox_has_opened_is_closed_where_it_cannot_begin(
+    things: str, make_manager: Callable[..., PoolManager]
+) -> None:
+    refuses = True
+
+    async def check(_: Any) -> None:
+        if refuses:
+            raise ValueError("no")
+
+    db = make_manager(things, min_size=1, check=check, timeout=60)
+    box = sandbox(db, timeout=0.1)
+    assert "new" in repr(box)
+    with pytest.raises(AcquireTimeout):
+        await box.__aenter__()
+    assert db.state == "closed"
+    refuses = False
+    async with sandbox(db):
+        assert await db.fetchval("select 1") == 1
 
 
 async def test_what_is_no_pool_of_poolkeeper_s_is_refused() -> None:

@@ -282,6 +282,49 @@ async def test_discard_is_done_as_far_as_a_transaction_can(
         assert await db.fetchval("select count(*) from pg_prepared_statements") == 0
 
 
+async def test_discard_needs_no_configure(things: str, make_manager: MakeManager) -> None:
+    async with make_manager(things, min_size=1, reset="discard") as db, sandbox(db):
+        before = await db.fetchval("show statement_timeout")
+        async with db.connection() as conn:
+            await conn.execute("set statement_timeout to '9s'")
+        assert await db.fetchval("show statement_timeout") == before
+
+
+async def test_a_reset_that_leaves_a_transaction_is_told(
+    things: str, make_manager: MakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def reset(conn: Any) -> None:
+        await conn.execute("insert into things values (2)")
+
+    async with make_manager(things, min_size=1, reset=reset) as db, sandbox(db):
+        async with db.connection() as conn:
+            await conn.execute("insert into things values (1)")
+        async with db.connection() as conn:
+            cursor = await conn.execute("select n from things")
+            assert await cursor.fetchall() == [(1,)]
+    assert "left the connection in a transaction" in caplog.text
+
+
+async def test_what_a_check_leaves_open_is_taken_back_where_it_refuses(
+    things: str, make_manager: MakeManager
+) -> None:
+    refuses = False
+
+    async def check(conn: Any) -> None:
+        nonlocal refuses
+        if refuses:
+            refuses = False
+            await conn.execute("insert into things values (1)")
+            raise ValueError("no")
+
+    async with make_manager(things, min_size=1, check=check, timeout=60) as db, sandbox(db):
+        refuses = True
+        assert await db.fetchval("select count(*) from things") == 0
+        assert not refuses
+        await db.execute("insert into things values (2)")
+        assert await db.fetchall("select n from things") == [(2,)]
+
+
 async def test_a_check_that_refuses_is_asked_again_and_then_told(
     things: str, make_manager: MakeManager
 ) -> None:
