@@ -78,6 +78,13 @@ async def test_what_was_found_out_can_be_asked_for(small: str) -> None:
     assert db.server is None
 
 
+async def test_before_the_first_connection_nothing_was_found_out(small: str) -> None:
+    async with PoolManager(small, min_size=0, max_size=1) as db:
+        assert db.server is None
+        assert await db.fetchval("select 1") == 1
+        assert db.server is not None
+
+
 async def test_what_fits_is_not_told(small: str) -> None:
     async with opened(small, max_size=9) as said:
         assert said == []
@@ -172,6 +179,24 @@ async def test_a_server_that_does_not_tell_is_asked_no_more(
     async with PoolManager(dsn, min_size=2, max_size=1000) as db:
         assert await db.fetchval("select 1") == 1
         assert db.snapshot().total == 2
+
+
+async def test_a_server_that_tells_nothing_of_its_limits_has_none(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the login is no role that it lists."""
+    from poolkeeper import _front
+
+    monkeypatch.setattr(_front, "_LIMITS", b"SELECT 1 WHERE false")
+    async with PoolManager(dsn, min_size=1, max_size=1000) as db:
+        assert db.server == ServerFacts(
+            pooled=False,
+            shares_sessions=False,
+            tracks_prepared=False,
+            max_connections=None,
+            reserved=None,
+            allowed=None,
+        )
 
 
 # --- who is who ----------------------------------------------------------------------------------

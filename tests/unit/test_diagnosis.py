@@ -217,6 +217,23 @@ def test_what_fewer_than_half_are_held_for_is_told_where_nothing_else_is_known()
     assert [f.cause for f in diagnosis.findings] == ["all-in-use", "suspected-leak"]
 
 
+def test_a_check_that_nobody_has_asked_for_long_is_not_named() -> None:
+    refusing = room(
+        checks_refused=3,
+        check_error="LookupError()",
+        check_failing_seconds=9.0,
+        waited_seconds=5.0,
+    )
+    assert diagnose(replace(refusing, check_error_seconds=0.5)).cause == "check-refuses"
+    assert diagnose(replace(refusing, check_error_seconds=60.0)).cause != "check-refuses"
+
+
+def test_where_it_is_not_known_who_has_them_none_is_counted() -> None:
+    diagnosis = diagnose(PoolSnapshot("orders", "open", 2, 2, 0, 2, 1, 2))
+    assert diagnosis.cause == "all-in-use"
+    assert diagnosis.findings[0].evidence == ()
+
+
 # --- what is not seen in the wait is not named --------------------------------------------------
 
 SHORT = {"held_seconds": 0.3, "query_seconds": 0.2, "status_seconds": 0.1}

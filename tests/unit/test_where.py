@@ -6,9 +6,10 @@ import asyncio
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -27,6 +28,7 @@ from poolkeeper._where import (
     program_frame,
     running_loop,
     site,
+    where_now,
 )
 
 HERE = "tests/unit/test_where.py"
@@ -360,3 +362,74 @@ async def test_of_an_installed_program_it_is_the_innermost_that_is_not_the_libra
     inner = installed("shop.views", handle)
     task = asyncio.create_task(inner())
     assert (await task).f_globals["__name__"] == "shop.views"
+
+
+async def deep(levels: int, innermost: Callable[[], Awaitable[object]]) -> None:
+    if levels:
+        await deep(levels - 1, innermost)
+    else:
+        await innermost()
+
+
+@asynccontextmanager
+async def standing(
+    levels: int, innermost: Callable[[], Awaitable[object]]
+) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(deep(levels, innermost))
+    await asyncio.sleep(0)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_it_is_looked_for_where_a_task_stands_only_so_deep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_where, "_DEEPEST", 5)
+    first = deep.__code__.co_firstlineno
+    async with standing(2, asyncio.Event().wait) as task:
+        assert where_now(task, deep.__code__)[0] == (deep.__code__, first + 4)
+    async with standing(20, asyncio.Event().wait) as task:
+        assert where_now(task, deep.__code__)[0] == (deep.__code__, first + 2)
+
+
+async def test_the_request_of_a_task_is_looked_for_only_so_deep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_where, "_DEEPEST", 5)
+    monkeypatch.setattr(_where, "_tellers", [lambda _: ("GET", "/orders")])
+    framework: dict[str, Any] = {}
+    source = "async def handle(request):\n    await request.wait()\n"
+    exec(compile(source, asyncio.__file__, "exec"), framework)
+    handle = partial(framework["handle"], asyncio.Event())
+    async with standing(2, handle) as task:
+        assert _where.answering(deep.__code__, task) == Handler(deep.__code__, "GET", "/orders")
+    async with standing(20, handle) as task:
+        assert _where.answering(deep.__code__, task) is deep.__code__
+
+
+async def test_the_request_of_those_who_wait_for_a_task_is_looked_for_only_so_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_where, "_MOST_TASKS", 5)
+    monkeypatch.setattr(_where, "_tellers", [lambda _: ("GET", "/orders")])
+    framework: dict[str, Any] = {}
+    source = "async def handle(request, work):\n    await work()\n"
+    exec(compile(source, asyncio.__file__, "exec"), framework)
+    innermost: list[asyncio.Task[Any]] = []
+
+    async def chain(tasks: int) -> None:
+        if tasks:
+            innermost[:] = [asyncio.create_task(chain(tasks - 1))]
+            await asyncio.gather(*innermost)
+        else:
+            await asyncio.Event().wait()
+
+    for tasks, found in ((2, Handler(deep.__code__, "GET", "/orders")), (8, deep.__code__)):
+        handle = partial(framework["handle"], object(), partial(chain, tasks))
+        async with standing(0, handle):
+            for _ in range(tasks):
+                await asyncio.sleep(0)
+            assert _where.answering(deep.__code__, innermost[0]) == found
