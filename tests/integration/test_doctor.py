@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -114,11 +115,13 @@ def test_a_service_is_resolved(
     monkeypatch.setenv("PGDATABASE", "nope")
     found = doctor("service=shop")
     assert found["status"] == 0
-    assert (
-        f"service=shop host={params['host']} port={params['port']}"
-        in (found["connection string"]["said"])
-    )
+    where = f"service=shop host={params['host']} port={params['port']}"
+    assert where in found["connection string"]["said"]
     assert "PGSERVICE" not in os.environ
+    monkeypatch.setenv("PGSERVICE", "stop")  # the one that is given counts, and this one stays
+    assert where in doctor("service=shop")["connection string"]["said"]
+    assert os.environ["PGSERVICE"] == "stop"
+    monkeypatch.delenv("PGSERVICE")
     lost = doctor("service=stop")
     assert wrong(lost) == ["connection string"]
     assert lost["connection string"]["said"] == 'definition of service "***" not found'
@@ -168,6 +171,34 @@ def test_a_value_that_libpq_does_not_know_is_told_before_anything_is_tried(docto
     found = doctor("host=nobody.invalid sslmode=wrong-pw")
     assert wrong(found) == ["connection string"]
     assert found["connection string"]["said"] == 'invalid sslmode value: "***"'
+
+
+def test_the_authorities_of_the_system_ask_for_the_whole_of_the_check(doctor: Doctor) -> None:
+    """As libpq has it, where nobody has said what is to be checked."""
+    where = f"host=127.0.0.1 port={free_port()} sslrootcert=system"
+    assert "sslmode=verify-full sslrootcert=system" in doctor(where)["connection string"]["said"]
+
+
+def test_without_unix_sockets_no_host_means_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, as libpq has it."""
+    monkeypatch.delattr(socket, "AF_UNIX")
+    assert list(_way.servers({"port": "5433"})) == [_way.Server("localhost", "localhost", "5433")]
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("/var/run/postgresql", True),
+        ("@postgresql", True),
+        ("localhost", True),
+        ("127.0.0.7", True),
+        ("::1", True),
+        ("192.0.2.1", False),
+        ("db.example", False),
+    ],
+)
+def test_what_is_on_this_machine_is_known_by_its_name(host: str, here: bool) -> None:
+    assert _way.is_here(host) is here
 
 
 async def test_an_address_that_refuses_is_not_wrong_where_another_one_is_taken(dsn: str) -> None:
@@ -268,6 +299,51 @@ def test_what_is_no_postgresql_is_told(
         assert "no TLS could be agreed on: the connection was closed" in found["TLS"]["said"]
 
 
+async def test_direct_tls_begins_without_a_question_and_its_refusal_is_told() -> None:
+    """With the name of the protocol, for which a server that is asked so looks."""
+    asked: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.read(4096))
+        writer.write(bytes.fromhex("15 03 03 00 02 02 28"))  # an alert: handshake_failure
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as listening:
+        port = str(listening.sockets[0].getsockname()[1])
+        server = _way.Server("db.example", "127.0.0.1", port)
+        params = {"sslmode": "require", "sslnegotiation": "direct", "sslrootcert": "/no/file"}
+        steps = [step async for step, _ in _way.way_to(server, params, 30)]
+    assert [(step.name, step.ok) for step in steps] == [
+        ("DNS", True), ("TCP", True), ("TLS", False),
+    ]  # fmt: skip
+    assert "no TLS could be agreed on: " in steps[2].said
+    assert steps[2].said.endswith("alert handshake failure")
+    assert asked[0][:2] == b"\x16\x03"  # the handshake itself
+    assert b"postgresql" in asked[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "advice"),
+    [
+        (9, "is not valid yet", "Set the clock"),
+        (10, "has expired", "Have it renewed"),
+        (18, "is not signed by /ca.crt", "sslrootcert=FILE"),
+        (23, "is not good: certificate revoked", "Have one made"),
+        (64, "is not for db.example", "hostaddr="),
+    ],
+)
+def test_what_is_wrong_with_a_certificate_is_known_by_the_number_of_openssl(
+    code: int, said: str, advice: str
+) -> None:
+    error = ssl.SSLCertVerificationError("[SSL: CERTIFICATE_VERIFY_FAILED] failed")
+    error.verify_code, error.verify_message = code, "certificate revoked"
+    server = _way.Server("db.example", "127.0.0.1", "5432")
+    told = _way._of_certificate(error, server, "/ca.crt")
+    assert said in told[0]
+    assert advice in told[1]
+
+
 @pytest.fixture(scope="module")
 def odd_server() -> Iterator[EmbeddedServer]:
     """A standby without a primary, which lets ``app`` in by TLS only, and has none."""
@@ -307,6 +383,21 @@ def test_a_standby_is_told_from_a_primary(doctor: Doctor, odd_server: EmbeddedSe
     assert found["status"] == 0
     assert found["primary or standby"]["said"] == "a standby"
     assert "target_session_attrs" in found["primary or standby"]["advice"]
+
+
+def test_a_primary_that_takes_no_writes_is_told(doctor: Doctor, database: str) -> None:
+    """And one that keeps its limits to itself, as this database does."""
+    admin(
+        database,
+        "create view public.pg_roles as select * from pg_catalog.pg_roles where false",
+    )
+    options = "-csearch_path=public,pg_catalog -cdefault_transaction_read_only=on"
+    found = doctor(psycopg.conninfo.make_conninfo(database, options=options))
+    assert found["status"] == 0
+    assert found["primary or standby"]["said"] == "a primary that takes no writes"
+    assert "default_transaction_read_only" in found["primary or standby"]["advice"]
+    assert found["budget"]["ok"] is None
+    assert found["budget"]["said"] == "the server does not tell its limits"
 
 
 @pytest.mark.fault
@@ -368,6 +459,33 @@ def test_keepalives_are_those_of_the_socket(
     assert (step["ok"], step["said"].partition(" without")[0]) == (ok, said)
     assert advice in step["advice"]
     assert bool(step["advice"]) is bool(advice)
+
+
+def test_where_nobody_tells_after_how_long_keepalives_are_on(
+    doctor: Doctor, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(socket, "TCP_KEEPIDLE", raising=False)
+    monkeypatch.delattr(socket, "TCP_KEEPALIVE", raising=False)
+    where = psycopg.conninfo.conninfo_to_dict(dsn)["host"]
+    far = {"host": "db.example", "hostaddr": where}
+    step = doctor(psycopg.conninfo.make_conninfo(dsn, **far))["keepalives"]
+    assert (step["ok"], step["said"], step["advice"]) == (True, "on", "")
+
+
+async def test_prepared_statements_that_answer_for_others_are_wrong() -> None:
+    """As those of a pooler that mixes up its sessions."""
+
+    class Mixed:
+        prepare_threshold = 5
+
+        async def execute(self, *_: Any, **__: Any) -> Mixed:
+            return self
+
+        async def fetchone(self) -> tuple[int]:
+            return (0,)  # as the first one has asked
+
+    found = await _examination._prepared(Mixed(), None, None)
+    assert (found.ok, found.said) == (False, "they answer something else")
 
 
 if PGBOUNCER is not None:
@@ -453,9 +571,12 @@ if PGBOUNCER is not None:
         untracked = {"max_prepared_statements": 0} if pgbouncer_version() >= (1, 21) else {}
         with pgbouncer(server_dsn, mode, **untracked) as dsn:
             found = doctor(dsn)
-        assert found["status"] == 0
+            alone = doctor(dsn, "--max-size", "1")
+        assert found["status"] == alone["status"] == 0
         known = "of a mode that is not known" if mode == "session" else f"in {mode} mode"
         assert found["pooler"]["said"].startswith(f"there is one, {known}")
+        # Of one connection nobody can tell, where no other client takes its session.
+        assert alone["pooler"]["said"].startswith("there is one, of a mode that is not known")
         assert found["prepared statements"]["said"].startswith("off")
         assert found["budget"]["ok"] is None
 
@@ -474,6 +595,11 @@ def test_in_a_pipe_it_is_plain(
     assert lines[-1] == "wrong: TCP"
     assert main(["doctor", dsn]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "nothing is wrong"
+    assert main(["doctor", "host=x sslmode"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("✗ connection string")
+    assert lines[2].startswith(" " * 33)  # what to do, below what was said
+    assert lines[3:] == ["wrong: connection string"]
 
 
 def test_what_cannot_show_a_tick_gets_letters(
@@ -504,6 +630,10 @@ def test_in_a_terminal_it_is_in_colour_if_rich_is_there(
     assert ("\x1b[" in out) is rich
     assert "connection refused" in out
     assert "wrong: TCP" in out
+    assert main(["doctor", "host=nowhere sslmode=x"]) == 1
+    out = capsys.readouterr().out
+    assert "Check the connection string" in out
+    assert "wrong: connection string" in out
 
 
 @pytest.mark.parametrize("option", ["--timeout=0", "--timeout=x", "--max-size=0", "--processes=x"])

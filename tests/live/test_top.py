@@ -20,17 +20,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from poolkeeper import AcquireTimeout, ConfigError, PoolManager
+from poolkeeper import AcquireTimeout, ConfigError, PoolManager, events
 from poolkeeper.__main__ import main
 from poolkeeper._embedded import free_port
 from poolkeeper.cli._views import fitted
-from poolkeeper.live import expose, page
+from poolkeeper.live import _observer, _socket, expose, page
 from poolkeeper.live._merge import add_up
+from poolkeeper.live._observer import Observer
 from poolkeeper.live._socket import ask
 from tests.support.waiting import until as until_there
 
@@ -153,6 +155,21 @@ async def test_a_pool_that_is_exposed_twice_counts_once(
         assert (await asyncio.to_thread(top))[0] == 1
 
 
+async def test_another_user_is_told_nothing(
+    make_manager: MakeManager, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks is asked of the system, where it can tell."""
+    db = make_manager(min_size=1, name="orders")
+    async with db:
+        with expose(db) as exposed:
+            with monkeypatch.context() as elsewhere:
+                elsewhere.delattr(socket, "SO_PEERCRED", raising=False)
+                assert [state["name"] for state in ask(exposed.path, 30)] == ["orders"]
+            monkeypatch.setattr(_socket, "_is_own_user", lambda asking: False)
+            with pytest.raises(OSError, match="it has not told all of it"):
+                ask(exposed.path, 30)
+
+
 async def test_two_pools_share_the_socket(make_manager: MakeManager, top: Top) -> None:
     one, other = make_manager(min_size=1, name="one"), make_manager(min_size=1, name="other")
     async with one:
@@ -162,6 +179,61 @@ async def test_two_pools_share_the_socket(make_manager: MakeManager, top: Top) -
                 assert 'pool "other"' in top()[1]
                 assert 'pool "other"' not in top("--pool", "one")[1]
             assert 'pool "other"' not in top()[1]
+
+
+def errors_of(observer: Observer) -> list[tuple[int, str, str]]:
+    return [(number, what, words) for _, number, what, words in observer.state()["errors"]]
+
+
+CALLER = events.Caller(site="shop.py:7", function="order", asker="shop.py:7 in order")
+
+
+def test_what_goes_wrong_is_told_in_words() -> None:
+    """The same is told once, as the last, with how often it was."""
+    observer = Observer(PoolManager("host=nowhere", name="orders"))
+    for event in (
+        events.OutageEnded(pool="orders", outage_seconds=7.4, attempts_failed=3),
+        events.LoopMismatch(pool="orders", purpose="acquire", opened="loop 1", used="loop 2"),
+        events.LeakSuspected(pool="orders", task="a", caller=CALLER, held_seconds=61.2, stack=""),
+        events.TurnedAway(pool="orders", task="b", caller=CALLER, waiting=9),
+        events.OutageEnded(pool="orders", outage_seconds=12.0, attempts_failed=5),
+    ):
+        observer._hear(event)
+    assert errors_of(observer) == [
+        (1, "used on another event loop", "loop 2"),
+        (1, "suspected leak", "shop.py:7 in order, held 61 s"),
+        (1, "turned away", "shop.py:7 in order: 9 wait already"),
+        (2, "connections can be made again", "after 12 s"),
+    ]
+    (site,) = observer.state()["sites"]
+    assert (site["who"], site["in_vain"]) == ("shop.py:7 in order", 1)
+
+
+def test_only_the_last_kinds_of_errors_are_kept() -> None:
+    observer = Observer(PoolManager("host=nowhere", name="orders"))
+    for number in range(_observer.ERRORS + 5):
+        told = events.LoopMismatch(
+            pool="orders", purpose="acquire", opened="loop", used=f"loop {number}"
+        )
+        observer._hear(told)
+    kept = [words for _, _, words in errors_of(observer)]
+    assert kept == [f"loop {number}" for number in range(5, _observer.ERRORS + 5)]
+
+
+def test_of_a_busy_second_the_first_waits_are_kept_and_all_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.5)
+    observer = Observer(PoolManager("host=nowhere", name="orders"))
+    for number in range(_observer.MOST_WAITS + 50):
+        told = events.Acquired(
+            pool="orders", task="a", caller=CALLER, waited_seconds=float(number), queued=False
+        )
+        observer._hear(told)
+    state = observer.state()
+    assert state["waits"] == [float(number) for number in range(_observer.MOST_WAITS)]
+    ((_, _, _, acquired, *_),) = state["history"]
+    assert acquired == _observer.MOST_WAITS + 50
 
 
 def test_without_a_process_it_says_how_to_be_seen(top: Top) -> None:
@@ -364,3 +436,16 @@ def test_without_rich_it_is_plain(monkeypatch: pytest.MonkeyPatch, top: Top) -> 
     monkeypatch.setattr(time, "sleep", sleep)
     assert main(["top"]) == 130
     assert calls == [1.0]
+
+
+def test_a_rich_that_is_broken_is_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch, top: Top
+) -> None:
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise ModuleNotFoundError("No module named 'pygments'", name="pygments")
+
+    monkeypatch.setitem(sys.modules, "rich.live", Broken("rich.live"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with pytest.raises(ModuleNotFoundError, match="pygments"):
+        main(["top"])

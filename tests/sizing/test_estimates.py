@@ -11,7 +11,18 @@ from xml.etree import ElementTree
 import pytest
 
 from poolkeeper import ConfigError
-from poolkeeper.sizing import Fleet, Server, Use, Waits, Workload, advise, plot, simulate
+from poolkeeper.sizing import (
+    Fleet,
+    Server,
+    Use,
+    Waits,
+    Workload,
+    _advice,
+    _replay,
+    advise,
+    plot,
+    simulate,
+)
 from poolkeeper.sizing._replay import WARM_UP, estimate, replay
 from poolkeeper.sizing._simulation import seed_of
 
@@ -140,6 +151,18 @@ def test_a_thousand_processes_are_a_table() -> None:
     assert "no pool helps with that" in str(too_much)
 
 
+def test_each_simulation_of_a_fleet_is_told_when_it_is_done() -> None:
+    """Of the pooler's size, too, that has no end: 2.5 are wanted of 2."""
+    told: list[tuple[int, int]] = []
+    fleet = Fleet.of(
+        Workload.of(5, 0.01), 50, PLENTY, sizes=[2], pooler=2, draws=2_000,
+        told=lambda done, of: told.append((done, of)),
+    )  # fmt: skip
+    assert told == [(1, 2), (2, 2)]
+    assert fleet.rows[1].waits is None
+    assert "longer and longer: there is too little of something" in str(fleet)
+
+
 # --- the advice -----------------------------------------------------------------------------------
 
 
@@ -154,6 +177,17 @@ def test_the_smallest_size_that_will_do_is_advised() -> None:
     assert sum(line.endswith("advised") for line in lines) == 1
     assert any(line.startswith("       4") and line.endswith("now") for line in lines)
     assert any("longer and longer" in line for line in lines)
+
+
+def test_what_would_take_too_many_looks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred at once, and little else: no size nearby does it without a wait."""
+    monkeypatch.setattr(_advice, "ROWS", 3)
+    monkeypatch.setattr(_replay, "FEWEST_DRAWS", 1_000)
+    uses = tuple(Use(60.0 if i % 100 == 0 else 0.0, 0.01, 0.01) for i in range(2_000))
+    advice = advise(Workload(uses))
+    assert [row.size for row in advice.rows] == [1, 2, 3]
+    assert advice.rows[-1].waits is not None
+    assert advice.rows[-1].waits.p99 > 0.0005
 
 
 def test_none_may_be_enough() -> None:

@@ -92,7 +92,7 @@ async def test_the_manager_gives_advice_from_what_is_recorded(make_manager: Make
         assert len(recording) == 60  # it has stopped
 
 
-async def test_who_gave_up_is_counted(make_manager: MakeManager) -> None:
+async def test_who_gave_up_is_counted(make_manager: MakeManager, tmp_path: Path) -> None:
     async with make_manager(min_size=1, max_size=1) as db:
         with record(db) as recording:
             async with db.connection():
@@ -103,6 +103,24 @@ async def test_who_gave_up_is_counted(make_manager: MakeManager) -> None:
             await db.fetchone("select 1")
     assert recording.gave_up == 2
     assert len(recording.workload().uses) == 4
+    recording.save(tmp_path / "orders.jsonl")
+    loaded = Recording.load(tmp_path / "orders.jsonl")
+    assert (len(loaded), loaded.gave_up) == (2, 2)
+    assert loaded.workload() == recording.workload()
+
+
+async def test_of_two_that_one_task_holds_each_came_when_it_was_wanted(
+    make_manager: MakeManager,
+) -> None:
+    async with make_manager(min_size=2, max_size=2) as db:
+        with record(db) as recording:
+            async with db.connection():
+                await asyncio.sleep(0.05)
+                async with db.connection():
+                    pass
+    first, second = recording.workload().uses
+    assert second.gap >= 0.05  # the inner one has come back first, and came last
+    assert first.hold > second.hold
 
 
 async def test_a_recording_is_read_as_it_was_written(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import subprocess
 import sys
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -164,16 +166,20 @@ def test_a_page_is_text_that_fits_the_terminal(section: Section) -> None:
 
 
 def test_links_are_numbered_and_stand_at_the_end() -> None:
-    body = "See [one](#fork), [two](quickstart.md), [three](index.md#x) and [one](#fork).\n"
+    body = (
+        "See [one](#fork), [two](quickstart.md), [three](index.md#x) and [one](#fork);"
+        " [four](https://example.org/a.md#b).\n"
+    )
     assert shown(Section("errors", "name", "A title", body), 80).splitlines() == [
         "A title",
         "=======",
         "",
-        "See one [1], two [2], three [3] and one [1].",
+        "See one [1], two [2], three [3] and one [1]; four [4].",
         "",
         "[1] poolkeeper explain fork",
         "[2] https://poolkeeper.readthedocs.io/quickstart",
         "[3] https://poolkeeper.readthedocs.io/#x",
+        "[4] https://example.org/a.md#b",
         "https://poolkeeper.readthedocs.io/errors#name",
     ]
 
@@ -187,6 +193,13 @@ def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[s
     assert "demo " in out
     assert "explain " in out
     assert err == ""
+
+
+def test_it_prints_into_whatever_stands_for_standard_output() -> None:
+    """Into what has no encoding, too, as a notebook's has none."""
+    with redirect_stdout(io.StringIO()) as shown_there:
+        assert main(["explain", "fork"]) == 0
+    assert shown_there.getvalue().startswith("A forked process\n")
 
 
 def test_without_a_name_it_lists_every_error_and_cause(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,9 +247,30 @@ def test_a_traceback_is_read_from_standard_input() -> None:
         "errors#acquire-timeout",
         "diagnose#slow-queries",
     ]
-    code, out, err = run("explain", "-", given=" \n")
-    assert (code, out) == (2, "")
-    assert "empty" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "out", "err"),
+    [
+        (b" \n", 2, "", "Standard input was empty.\n"),
+        (b"LoopMismatchError: \xff", 0, "/errors#loop-mismatch\n", ""),
+    ],
+)
+def test_what_is_piped_into_it_is_what_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: bytes,
+    code: int,
+    out: str,
+    err: str,
+) -> None:
+    """Whatever bytes these are; where there are none, the command says so."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(["explain", "-"]) == code
+    said = capsys.readouterr()
+    assert out in said.out
+    assert bool(said.out) is bool(out)
+    assert said.err == err
 
 
 def test_it_can_be_read_in_any_encoding() -> None:

@@ -213,13 +213,14 @@ async def _logged_in(db: PoolManager[Any]) -> str:
 
 @contextmanager
 def _quiet() -> Generator[list[warnings.WarningMessage], None, None]:
-    """Let the pool tell nothing but what is asked: the steps do."""
+    """Let the pool log nothing: the steps tell. Of its warnings, that of the budget is kept."""
     logger = logging.getLogger("poolkeeper")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", ConnectionBudgetWarning)
             yield caught
     finally:
         logger.setLevel(before)
@@ -321,11 +322,10 @@ def _budget(db: PoolManager[Any], warned: list[warnings.WarningMessage]) -> Step
         return Step(
             "budget", None, "the pooler's limits are what counts, and it does not tell them"
         )
-    for one in warned:
-        if issubclass(one.category, ConnectionBudgetWarning):
-            first, detail, hint = str(one.message).splitlines()
-            said = first.removeprefix('pool "doctor" ') + ": " + detail.removeprefix("DETAIL:  ")
-            return Step("budget", False, said, hint.removeprefix("HINT:  "))
+    if warned:
+        first, detail, hint = str(warned[0].message).splitlines()
+        said = first.removeprefix('pool "doctor" ') + ": " + detail.removeprefix("DETAIL:  ")
+        return Step("budget", False, said, hint.removeprefix("HINT:  "))
     kept = f", {facts.reserved} of them reserved" if facts.reserved else ""
     said = f"{facts.allowed} may be had (max_connections={facts.max_connections}{kept})"
     return Step("budget", True, f"{said}; max_size={db.pool.max_size} fits")

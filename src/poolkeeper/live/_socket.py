@@ -184,8 +184,7 @@ class _Serving:
         self._listening: socket.socket | None = None
         self._lock = Lock()
         atexit.register(self._end)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._forget)  # where there are Unix sockets
 
     @property
     def path(self) -> Path:

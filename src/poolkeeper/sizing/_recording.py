@@ -98,7 +98,8 @@ class Recording:
                 self._acquired(event)
             elif isinstance(event, events.Released):
                 self._released(event)
-            elif isinstance(event, events.TimedOut | events.GaveUp):
+            else:
+                assert isinstance(event, events.TimedOut | events.GaveUp)
                 self._gave_up(event)
 
         self.stop()

@@ -60,14 +60,13 @@ def replay(uses: Iterable[Use], size: int) -> list[float]:
     return waits
 
 
-def estimate(workload: Workload, size: int, *, draws: int | None = None, seed: int = 1) -> Waits:
+def estimate(workload: Workload, size: int, *, seed: int = 1) -> Waits:
     """
     Return how long acquires would wait in a pool of *size*, which must not be overloaded.
 
     Takes up to half a second of a processor.
     """
-    if draws is None:
-        spare = 1 - workload.load / size
-        draws = int(min(MOST_DRAWS, max(FEWEST_DRAWS, 25_000 / spare**2)))
+    spare = 1 - workload.load / size
+    draws = int(min(MOST_DRAWS, max(FEWEST_DRAWS, 25_000 / spare**2)))
     waits = replay(islice(workload.draw(seed), draws), size)
     return Waits.of(waits[int(draws * WARM_UP) :])
