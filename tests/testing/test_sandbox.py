@@ -620,6 +620,19 @@ async def test_a_session_that_is_killed_is_told_to_who_asks_next(
             await db.fetchval("select 1")
 
 
+async def test_a_commit_on_a_session_that_is_killed_fails(db: PoolManager) -> None:
+    async with sandbox(db):
+        with pytest.raises(psycopg.OperationalError):
+            async with db.connection() as conn:
+                await conn.execute("insert into things values (1)")
+                with outside():
+                    pid = conn.info.backend_pid
+                    await db.execute("select pg_terminate_backend(%s, 10000)", (pid,))
+                await conn.commit()
+        with pytest.raises(SandboxError, match=r"the session of the sandbox of pool .* is gone"):
+            await db.fetchval("select 1")
+
+
 async def test_a_stream_is_told_that_there_is_one_connection(db: PoolManager) -> None:
     async with sandbox(db):
         async with db.connection() as conn:
@@ -711,6 +724,16 @@ async def test_who_waits_when_the_test_ends_is_told(db: PoolManager) -> None:
     assert [type(ex) for ex in done] == [OwnershipError] * 2
     holder.cancel()
     await asyncio.wait({holder})
+
+
+async def test_whose_turn_it_was_when_the_test_ended_is_told(db: PoolManager) -> None:
+    async with sandbox(db):
+        conn = await db.pool.getconn()
+        waiting = asyncio.create_task(db.fetchval("select 1"))
+        await asyncio.sleep(0)
+        await db.pool.putconn(conn)
+    with pytest.raises(OwnershipError, match="has ended"):
+        await waiting
 
 
 async def test_a_connection_that_another_task_has_handed_on_is_there(db: PoolManager) -> None:

@@ -14,7 +14,7 @@ from psycopg import IsolationLevel
 
 from poolkeeper import AcquireTimeout, PoolManager
 from poolkeeper.events import Acquired, LeakSuspected, Released
-from poolkeeper.testing import sandbox
+from poolkeeper.testing import SandboxError, sandbox
 
 MakeManager = Callable[..., PoolManager]
 Program = Callable[[PoolManager], Awaitable[Any]]
@@ -32,6 +32,10 @@ async def db(things: str, make_manager: MakeManager) -> AsyncIterator[PoolManage
     async with make_manager(things, min_size=1, max_size=3, timeout=60, name="things") as manager:
         yield manager
         assert manager.snapshot().in_use == 0
+
+
+def event_names(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [name for record in caplog.records if (name := getattr(record, "event_name", ""))]
 
 
 # --- what is told of work that is not committed ----------------------------------------------
@@ -185,6 +189,51 @@ async def test_it_tells_what_the_pool_tells(
         await db.execute("delete from things")
     async with make_manager(things, min_size=1, max_size=3, name="things") as db, sandbox(db):
         assert await outcome(db) == real
+
+
+async def test_a_class_whose_block_leaves_a_transaction_open_is_told_of(
+    things: str, make_manager: MakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Careless(psycopg.AsyncConnection[Any]):
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+    async with make_manager(things, min_size=1, connection_class=Careless) as db, sandbox(db):
+        async with db.connection() as conn:
+            await conn.execute("insert into things values (1)")
+        assert await db.fetchall("select n from things") == []
+    assert event_names(caplog) == ["poolkeeper.transaction_left"]
+
+
+async def test_what_an_outer_transaction_has_undone_is_not_told_again(
+    db: PoolManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with sandbox(db):
+        async with db.connection() as outer:
+            await outer.execute("select 1")
+            inner = await db.pool.getconn()
+            await inner.execute("insert into things values (1)")
+            await outer.rollback()
+            await db.pool.putconn(inner)
+        assert await db.fetchall("select n from things") == []
+    assert event_names(caplog) == []
+
+
+async def test_a_session_in_a_pipeline_that_has_not_ended_is_not_used_again(
+    db: PoolManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with sandbox(db):
+        conn = await db.pool.getconn()
+        pipeline = conn.pipeline()
+        await pipeline.__aenter__()
+        await conn.execute("insert into things values (1)")
+        await db.pool.putconn(conn)
+        with pytest.raises(SandboxError, match="is gone"):
+            await db.fetchval("select 1")
+        with pytest.raises(psycopg.Error):
+            await pipeline.__aexit__(None, None, None)
+    assert event_names(caplog) == ["poolkeeper.connection_in_pipeline"]
+    assert await db.fetchall("select n from things") == []
 
 
 async def test_who_has_subscribed_is_told_of_each_checkout(db: PoolManager) -> None:

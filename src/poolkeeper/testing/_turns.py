@@ -355,8 +355,7 @@ class Turns:
         return not lock.locked()
 
     def _end(self, hold: Hold) -> None:
-        if hold in self.holds:
-            self.holds.remove(hold)
+        self.holds.remove(hold)
         self.base.end(hold.checkout, self.holds[-1].conn if self.holds else None)
         self._pass_on()
         self.base.tell_end(hold.checkout)
