@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -12,6 +13,7 @@ import pytest
 
 from poolkeeper import OpenError, PoolManager, ReleasedConnectionError
 from tests.support.server import is_at_work
+from tests.support.waiting import until
 
 MakeManager = Callable[..., PoolManager[Any]]
 HERE = "tests/integration/test_giving_back.py"
@@ -109,6 +111,42 @@ async def test_close_waits_for_reset(opened: Any) -> None:
     begin = time.monotonic()
     await closing
     assert time.monotonic() - begin < PATIENCE / 2
+
+
+@pytest.mark.parametrize("uses_it", [True, False])
+async def test_a_reset_that_ignores_the_end_of_the_pool_does_not_get_on_with_the_connection(
+    opened: Any, caplog: pytest.LogCaptureFixture, uses_it: bool
+) -> None:
+    """It was taken from it: what that raises there is no fault of the reset's."""
+    began = asyncio.Event()
+    refused: list[str] = []
+
+    async def reset(conn: Any) -> None:
+        began.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        if uses_it:
+            try:
+                await conn.execute("select 1")
+            except Exception as ex:
+                refused.append(str(ex))
+                raise
+        else:
+            refused.append("")
+
+    before = asyncio.all_tasks()
+    db = await opened(reset=reset)
+    async with asyncio.timeout(PATIENCE):
+        await db.fetchval("select 1")
+        await began.wait()
+        await db.close(timeout=0)
+        await until(lambda: refused)
+        await until(lambda: not asyncio.all_tasks() - before)
+    assert db.state == "closed"
+    assert all("was closed while this connection was in use" in words for words in refused if words)
+    events = [vars(record).get("event_name") for record in caplog.records]
+    assert "poolkeeper.connection_out_of_order" not in events
 
 
 async def test_an_error_in_reset_is_logged_and_is_not_the_borrowers(
