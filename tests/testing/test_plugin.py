@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -249,6 +250,21 @@ async def test_a_hint_stays_where_settings_are_not_what_is_wrong(
         for error in (mismatch, unowned):
             watch.advise(item, error)
     assert (mismatch.hint, unowned.hint) == ("As ever", "Allow it")
+
+
+def test_a_fixture_that_is_only_named_like_a_runner_is_let_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("poolkeeper"), "handlers", [])
+    finalizers: list[Callable[[], object]] = []
+    for result in (object(), asyncio.Runner()):
+        fixture = types.SimpleNamespace(
+            argname="my_scoped_runner",
+            cached_result=(result, None, None),
+            addfinalizer=finalizers.append,
+        )
+        Watch().watch_runner(fixture)
+        assert len(finalizers) == isinstance(result, asyncio.Runner)
 
 
 def test_the_module_of_the_plugin_loads_nothing_of_poolkeeper_or_psycopg() -> None:
