@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from poolkeeper import BoundNullPool, ConfigError, PoolManager
+from poolkeeper.events import OutageEnded
 from poolkeeper.telemetry import prometheus
 from poolkeeper.telemetry._metrics import METRICS
 from poolkeeper.telemetry.prometheus import instrument, uninstrument
@@ -337,6 +339,48 @@ def test_a_missing_package_is_told_with_the_extra(module: str, package: str, mis
         f"cannot import poolkeeper.telemetry.{module}: {package} is not installed",
         f'HINT:  Install it with: pip install "poolkeeper[{module}]"',
     ], ended.err
+
+
+def test_a_package_that_is_broken_is_not_called_missing() -> None:
+    """What it misses itself is told as Python tells it."""
+    ended = run_program(
+        """
+        import importlib.abc
+
+        class Broken(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name in ("opentelemetry", "prometheus_client"):
+                    raise ModuleNotFoundError(f"{name} misses a part", name="part")
+
+        sys.meta_path.insert(0, Broken())
+        for module in ("opentelemetry", "prometheus"):
+            try:
+                importlib.import_module(f"poolkeeper.telemetry.{module}")
+            except ModuleNotFoundError as ex:
+                print(type(ex).__name__, ex)
+        """
+    )
+    assert ended.out.splitlines() == [
+        "ModuleNotFoundError opentelemetry misses a part",
+        "ModuleNotFoundError prometheus_client misses a part",
+    ], ended.err
+
+
+def test_numbers_are_looked_at_when_something_has_happened_and_while_there_is_a_pool() -> None:
+    seen: list[float] = []
+    pool = PoolManager("host=nowhere", name="orders").pool
+    event = OutageEnded(pool="orders", outage_seconds=1.0, attempts_failed=2)
+    gauges = prometheus._Gauges(pool, lambda *_: seen.append)
+    of_one_look = len(seen)
+    assert of_one_look > 0
+    gauges._is_due()  # nothing has happened since
+    assert len(seen) == of_one_look
+    gauges(event)
+    assert len(seen) == 2 * of_one_look
+    del pool
+    gc.collect()
+    gauges(event)
+    assert len(seen) == 2 * of_one_look
 
 
 def test_names_are_those_of_opentelemetrys_exporter() -> None:
