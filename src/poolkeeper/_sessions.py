@@ -90,7 +90,8 @@ class Sessions:
     def _add(self, pgconn: pq.abc.PGconn) -> None:
         task = asyncio.current_task()
         with self._lock:
-            self._wires.append(Wire(pgconn))
+            if not any(wire.is_of(pgconn) for wire in self._wires):  # else it is configured again
+                self._wires.append(Wire(pgconn))
             if task in self._attempts:
                 self._attempts.remove(task)
 
@@ -107,6 +108,10 @@ class Wire:
         # Not socket.dup() of an object: that lets it block, and with it libpq's.
         self._socket = socket.socket(fileno=socket.dup(pgconn.socket))
         self._closed_at: float | None = None
+
+    def is_of(self, pgconn: pq.abc.PGconn) -> bool:
+        """Tell whether it is that of *pgconn*."""
+        return self._pgconn() is pgconn
 
     def is_gone(self) -> bool:
         """Tell whether it is; asks the socket only when the connection is closed here."""

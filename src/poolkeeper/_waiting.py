@@ -137,8 +137,7 @@ class WaitingConnection(AsyncConnection[Any]):
     def _note_failure(self, ex: Exception) -> None:
         """Note that an exchange has failed; raise what it is to be called, if it has no name."""
         if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
-            if self._checkout is not None:
-                self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
+            self._session.doubt()  # a read-only transaction of the borrower's, or a fail-over
         elif given_back := getattr(self, "given_back_at_work", None):
             raise given_back() from ex
         elif isinstance(ex, OSError):

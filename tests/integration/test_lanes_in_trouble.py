@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -12,10 +13,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import ClosedError, LoopMismatchError, PoolManager
+from poolkeeper import ClosedError, LoopMismatchError, PoolManager, _lane
+from poolkeeper._asked import FATAL_ERROR, received
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
-from tests.support.lanes import PLAIN, READ, know, locked, trust
+from tests.support.lanes import PLAIN, READ, know, lanes, locked, trust
 from tests.support.pair import pair
 from tests.support.programs import run_program
 from tests.support.proxy import FaultProxy
@@ -169,6 +171,50 @@ async def test_the_error_of_a_statement_is_told_whatever_befalls_its_connection(
                     checkout.session.finish()
     with pytest.raises(psycopg.errors.DivisionByZero):
         await task
+
+
+async def test_an_error_that_came_before_its_connection_was_lost_is_the_statements_own(
+    one: PoolManager[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came with it ends there: the statement had an end, and nothing of it is in doubt."""
+
+    def cut_short(pgconn: Any) -> list[list[Any]]:
+        answers = received(pgconn)
+        errors = [one for one in answers if one[-1].status == FATAL_ERROR]
+        if errors:
+            pgconn.finish()
+        return errors or answers
+
+    monkeypatch.setattr(_lane, "received", cut_short)
+    with pytest.raises(psycopg.errors.DivisionByZero) as caught:
+        await one.fetchval("select 1 / (%s::int - 1)", (1,))
+    assert not hasattr(caught.value, "__notes__")
+    assert await one.fetchall(READ) == ROWS
+
+
+async def test_a_connection_whose_last_answers_are_nobodys_is_given_back(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those behind a slow one were sent elsewhere; what is slow here was looked for, not told."""
+    trust(monkeypatch)
+    async with PoolManager(table, min_size=2, max_size=2, name="lane", timeout=20) as db:
+        await know(db, READ, COUNT)
+        async with db.connection():
+            with locked(table):
+                head = asyncio.create_task(db.fetchall(READ))
+                await asyncio.sleep(0)
+                behind = asyncio.create_task(db.fetchval(COUNT, (500_000,)))
+                await until(lambda: sum(len(one.behind) for one in db.snapshot().checkouts) == 1)
+                (lane,) = lanes(db)._all
+            lane.move_others()
+            pgconn = lane.pgconn
+            assert select.select([pgconn.socket], [], [], 20)[0]
+            lane.wire.look()  # finds the first answer, before the loop tells of it
+        async with asyncio.timeout(20):
+            assert await head == ROWS
+            assert await behind == 500_000
+        await until(lambda: db.pool.counts()["in_use"] == 0)
+        assert pgconn.pipeline_status == psycopg.pq.PipelineStatus.OFF
 
 
 async def test_who_comes_to_a_connection_that_is_lost_in_that_very_turn_is_sent_elsewhere(

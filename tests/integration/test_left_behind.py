@@ -304,6 +304,30 @@ async def test_a_request_to_cancel_that_is_not_answered_ends_its_session(
     await asyncio.wait({request})
 
 
+async def test_a_request_to_cancel_may_be_cancelled_with_all_tasks(
+    make_manager: MakeManager, proxy: FaultProxy
+) -> None:
+    """As at the end of a loop. No callback fails."""
+    loop, failed = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _loop, context: failed.append(context))
+    db = make_manager(proxy.dsn, min_size=1, max_size=1, name="orders", timeout=20)
+    await db.open()
+    async with db.connection() as conn:
+        before = asyncio.all_tasks()
+        proxy.silent = True
+        request = asyncio.ensure_future(conn.cancel_safe(timeout=20))
+        await asyncio.sleep(0.05)
+        its = asyncio.all_tasks() - before
+        assert len(its) > 1
+        for task in its:
+            task.cancel()
+        await asyncio.wait(its)
+        assert request.cancelled()
+        proxy.silent = False
+    assert await db.fetchval("select 42") == 42
+    assert not failed
+
+
 async def test_a_stream_that_is_left_on_a_connection_that_is_lost_meanwhile_ends_in_silence(
     make_manager: MakeManager, proxy: FaultProxy
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -24,6 +26,7 @@ from poolkeeper import (
     PoolPerLoop,
     _per_loop,
 )
+from poolkeeper._sessions import Wire
 from tests.support.programs import run_program
 
 NAME = f"shares-{os.getpid()}"
@@ -390,6 +393,56 @@ async def test_a_readiness_probe_is_answered_while_the_share_is_in_use(
     async with db.connection():
         assert await db.check()
     await pools.close()
+
+
+async def test_a_session_that_is_configured_again_counts_once(dsn: str) -> None:
+    """As after a borrower who was somebody else."""
+    configured = []
+
+    async def configure(conn: Any) -> None:
+        configured.append(conn)
+
+    pools = PoolPerLoop(
+        lambda: PoolManager(dsn, configure=configure, min_size=1, max_size=1, name=NAME), budget=2
+    )
+    db = await pools.current()
+    async with db.connection() as conn:
+        await conn.set_autocommit(True)
+        await conn.execute("set role pg_monitor")
+    assert await db.fetchval("select 1") == 1
+    assert len(configured) == 2
+    assert repr(pools) == "<PoolPerLoop budget=2 free=1 loops=1>"
+    await pools.close()
+
+
+def test_a_connection_that_is_lost_as_it_is_counted_leaves_nothing(dsn: str) -> None:
+    with psycopg.connect(dsn) as conn:
+        conn.close()
+        with pytest.raises(psycopg.OperationalError):
+            Wire(conn.pgconn)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loop_that_ends_no_generators_and_dies_takes_nothing_with_it(
+    make_pools: MakePools,
+) -> None:
+    """As those of other makers may, and Python closes what is left of them wherever it likes."""
+    pools = make_pools(1, max_size=1)
+    loop = asyncio.new_event_loop()
+
+    async def main() -> None:
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(None, None)
+        try:
+            await pools.current()
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+
+    loop.run_until_complete(main())
+    loop.close()
+    asyncio.run(use(pools))
+    gc.collect()
+    until(lambda: repr(pools) == "<PoolPerLoop budget=1 free=1 loops=0>")
 
 
 FORK = """

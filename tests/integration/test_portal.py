@@ -178,6 +178,24 @@ def test_a_factory_that_fails_is_told_to_the_caller(make_portal: MakePortal) -> 
         make_portal(loop_factory=fail).fetchval("select 1")
 
 
+class WillNotClose(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        super().close()
+        raise RuntimeError("no end today")
+
+
+def test_a_loop_that_fails_at_its_end_is_told_as_any_thread_tells(
+    make_portal: MakePortal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
+    portal = make_portal(loop_factory=WillNotClose)
+    assert portal.fetchval("select 42") == 42
+    portal.close()
+    assert list(map(str, told)) == ["no end today"]
+    assert portal.manager.state == "closed"
+
+
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_function_or_no_manager_is_refused_at_once(portal: Portal) -> None:
     """Nothing begins, nothing is left unawaited, and no connection string is repeated."""

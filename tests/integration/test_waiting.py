@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import select
@@ -394,12 +395,32 @@ async def test_a_wire_that_another_thread_lets_go_is_forgotten_by_its_loop() -> 
         assert is_open()
         other.send(b"unread")
         await asyncio.sleep(0)  # the loop is about to tell of it
-        thread = threading.Thread(target=wires.clear)
+        thread = threading.Thread(target=lambda: wires.pop().let_go())
         thread.start()
         thread.join()
         await until(lambda: not is_open())
         assert one.recv(100) == b"unread"
     assert not failed
+
+
+async def test_a_process_without_descriptors_is_told_by_psycopgs_error(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To watch a socket takes one."""
+
+    def dup(_number: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    db = make_manager(min_size=1, max_size=1, name="orders", timeout=20)
+    await db.open()
+    with pytest.raises(psycopg.OperationalError, match="socket closed") as caught:
+        async with db.connection() as conn:
+            with monkeypatch.context() as full:
+                full.setattr(socket, "dup", dup)
+                conn._session.wire.let_go()  # what it has is closed
+                await conn.execute("select 42")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert await db.fetchval("select 42") == 42
 
 
 async def test_a_connection_that_its_borrower_resets_goes_on_with_its_new_socket(
