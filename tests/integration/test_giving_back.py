@@ -163,6 +163,26 @@ async def test_an_error_in_reset_is_logged_and_is_not_the_borrowers(
     assert any("reset" in record.getMessage() for record in caplog.records)
 
 
+async def test_one_whose_rollback_fails_is_not_handed_on(
+    opened: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stubborn(psycopg.AsyncConnection[Any]):
+        async def rollback(self) -> None:
+            raise RuntimeError("no rollback today")
+
+    db = await opened(connection_class=Stubborn)
+    with pytest.raises(LookupError):
+        async with db.connection() as conn:
+            await conn.execute("create temporary table never (n int)")
+            first = conn.info.backend_pid
+            raise LookupError
+    async with asyncio.timeout(PATIENCE):
+        assert await db.fetchval("select pg_backend_pid()") != first
+    assert await db.fetchval("select to_regclass('never')") is None
+    events = [vars(record).get("event_name") for record in caplog.records]
+    assert "poolkeeper.rollback_failed" in events
+
+
 # --- while one is made ----------------------------------------------------------------------------
 
 
