@@ -365,6 +365,18 @@ async def test_a_block_that_fails_stops_the_query_of_a_task_that_is_at_work_in_i
         assert await numbers(db) == [1]
 
 
+async def test_a_block_that_ends_waits_for_a_task_that_is_at_work_in_it(db: PoolManager) -> None:
+    async with sandbox(db):
+        async with db.connection() as conn:
+            task = asyncio.create_task(
+                conn.execute("insert into things select 1 from pg_sleep(0.01)")
+            )
+            while not conn.lock.locked():
+                await asyncio.sleep(0)
+        await task
+        assert await numbers(db) == [1]
+
+
 async def test_a_connection_that_comes_back_in_a_pipeline_is_good_for_the_next(
     db: PoolManager,
 ) -> None:
