@@ -51,6 +51,14 @@ inherited: list[object] = []
 """What this process, forked, got from its parent and must neither use nor finalise."""
 
 
+def in_forked_child(function: Callable[[], object]) -> None:
+    """Let *function* be called in each process that is forked from now on; Windows has none."""
+    if hasattr(os, "register_at_fork"):
+        # Cheaper than asking os.getpid() on every use, and seen by forks made in C too
+        # (they call PyOS_AfterFork_Child).
+        os.register_at_fork(after_in_child=function)
+
+
 def weakly(method: Callable[[], object]) -> Callable[[], object]:
     """Return a function that calls *method*: a timer of it does not keep its object alive."""
     reference = weakref.WeakMethod(method)
@@ -238,7 +246,4 @@ def _after_fork_in_child() -> None:
         binding._after_fork_in_child()
 
 
-if hasattr(os, "register_at_fork"):
-    # Cheaper than asking os.getpid() on every use, and seen by forks made in C too
-    # (they call PyOS_AfterFork_Child).
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_after_fork_in_child)

@@ -19,7 +19,6 @@ The grants are shared by threads, and changed under one lock, which is never hel
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import threading
 import weakref
@@ -34,7 +33,7 @@ import psycopg
 from psycopg import pq
 from typing_extensions import override
 
-from ._binding import beginning, inherited
+from ._binding import beginning, in_forked_child, inherited
 from ._closing import abandon, bury
 from ._config import require_callable, require_integer
 from ._life import Life
@@ -439,5 +438,4 @@ def _after_fork_in_child() -> None:
         pools._begin()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_after_fork_in_child)

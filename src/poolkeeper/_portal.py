@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import os
 import sys
 import threading
 import weakref
@@ -29,7 +28,7 @@ from psycopg.rows import AsyncRowFactory, scalar_row
 from typing_extensions import override
 
 from . import _door
-from ._binding import inherited
+from ._binding import in_forked_child, inherited
 from ._calls import Call, PortalFuture, PortalThread
 from ._config import require_callable, require_number
 from ._manager import ACT_co, PoolManager, Row, Row2, require_manager
@@ -491,5 +490,4 @@ def _after_fork_in_child() -> None:
 
 
 atexit.register(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_after_fork_in_child)

@@ -7,7 +7,7 @@ import select
 
 import pytest
 
-from poolkeeper._binding import LoopBinding
+from poolkeeper._binding import LoopBinding, in_forked_child
 from poolkeeper._session import _poll_for
 from poolkeeper.errors import LoopMismatchError
 
@@ -37,3 +37,18 @@ async def test_a_binding_without_a_pool_survives_a_fork() -> None:
     binding._after_fork_in_child()
     with pytest.raises(LoopMismatchError, match="was opened in another process"):
         binding.check("acquire a connection")
+
+
+def test_what_is_for_forked_children_is_left_out_where_nobody_forks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows, which must import it all the same."""
+    asked: list[object] = []
+    monkeypatch.setattr(
+        os, "register_at_fork", lambda after_in_child: asked.append(after_in_child), raising=False
+    )
+    in_forked_child(asked.clear)
+    assert asked == [asked.clear]
+    monkeypatch.delattr(os, "register_at_fork")
+    in_forked_child(asked.clear)
+    assert asked == [asked.clear]
