@@ -30,6 +30,9 @@ from ._tasks import forget
 from ._where import own_call_site
 from ._words import in_words
 
+LONGEST = 5.0
+"""Seconds that a server has to stop what runs, however many it stops one after the other."""
+
 
 async def close(life: Life, timeout: float) -> None:
     """End *life*: see `BoundPool.close()`."""
@@ -141,18 +144,23 @@ async def _stop_queries(life: Life) -> None:
 
     A server does not look for a client that is gone before it has something to send: what
     is not cancelled goes on, and keeps its session. The query's task may run another one, so at
-    last it is not let.
+    last it is not let. Many may have been sent already on one connection, which are stopped one
+    after the other: as long as one more ends in time the next has as much, up to `LONGEST`.
     """
-    begin = monotonic()
+    begin = heard = monotonic()
+    until = begin + CANCEL_GRACE
     asking: dict[Session, asyncio.Task[None]] = {}
     may_go_on = True
-    while (active := _active(life)) and (elapsed := monotonic() - begin) < CANCEL_GRACE:
+    while (active := _active(life)) and (now := monotonic()) < until:
         for session in active:
             if session not in asking or asking[session].done():
                 last = remains(session.handle)
                 requests = Asking(last, partial(_is_active, session), Patience())
                 asking[session] = asyncio.create_task(requests.ask())
-        if may_go_on and elapsed > 0.75 * CANCEL_GRACE:
+        latest = max(session.heard_at for session in active)
+        if not may_go_on and latest > heard:
+            heard, until = latest, min(latest + CANCEL_GRACE, begin + LONGEST)
+        if may_go_on and now > begin + 0.75 * CANCEL_GRACE:
             may_go_on = False
             for session in life.sessions:
                 _ignoring_errors(life, revoke_session, life, session)

@@ -508,3 +508,23 @@ async def test_a_write_behind_what_the_pool_sends_itself_is_sent_once_on_a_slow_
         with proxy.slow(0.05):
             await db.execute("insert into t values (%s)", (n,))
     assert await db.fetchval("select count(*) from t where n >= 10") == 3
+
+
+async def test_close_waits_for_a_server_that_stops_one_after_the_other(
+    make_manager: MakeManager, table: str, trusting: None, proxy: FaultProxy
+) -> None:
+    """Each request takes its time on the way, and sixteen take more than the grace for one."""
+    proxy.lead_to(table)
+    name = psycopg.conninfo.conninfo_to_dict(table)["dbname"]
+    dsn = psycopg.conninfo.make_conninfo(proxy.dsn, dbname=name)
+    db = make_manager(dsn, min_size=1, max_size=1, name="slowly")
+    await db.open()
+    await know(db, READ)
+    lane = Lane(db)
+    with locked(table):
+        await lane.fill(behind=READ)
+        with proxy.slow(0.02):
+            await db.close(timeout=0.1)
+        query = "select 1 from pg_stat_activity where application_name = 'poolkeeper:slowly'"
+        assert await asyncio.to_thread(eventually, lambda: not admin(table, query))
+    assert {type(end) for end in await lane.ends()} <= {psycopg.errors.QueryCanceled, ClosedError}
