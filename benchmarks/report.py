@@ -438,9 +438,10 @@ Counted, which does not depend on what else a machine does: bytecodes by `python
   So the number of exchanges counts most: since `BEGIN` goes along with a query that has parameters, there are two.
 - **A one-shot beside a held connection** does all that the held one does, and acquires and gives back besides.
   On uvloop, whose own part is no bytecode, that is 380 bytecodes more, eight system calls fewer, and 0.93 of the instructions outside of the kernel (callgrind); on asyncio it is 540 bytecodes and two calls fewer, and 0.79 of the instructions.
+- **A block on uvloop** was at 0.74, 0.81 and 0.90 in three runs: how often a socket sleeps and is woken differs between them, and is worth as much.
 - **A LangGraph write** is two pipelines: at each step psycopg asks whether the socket is ready, and so do we.
   There is less in it that a socket which stays watched makes cheaper, and 39 `getpid()` more.
-- **One-shots of 64 tasks, on uvloop**: those that share a connection take 35 µs, and 26 on asyncio; those that do not, 73 and 101.
+- **One-shots of 64 tasks, on uvloop**: those that share a connection take 27 µs, and 25 on asyncio; those that do not, 64 and 91.
   What is left of a shared one is the conversion of its parameters and its row by psycopg, and the two turns of its task, which uvloop makes no cheaper.
 - **64 tasks on 4 connections, nothing inside**: psycopg_pool's took 37 µs where the pools took turns in one process, and takes 28 µs in one of its own; ours was 12 µs and is about that.
   Beside the former the ratio was 0.34.
