@@ -85,7 +85,7 @@ async def _in_order(life: Life, timeout: float, failure: BaseException | None) -
     if _active(life):
         # In a task, so that no cancellation leaves the server at work.
         stopping = asyncio.create_task(_stop_queries(life), name=f"{life.name}-close")
-        interruption = await _settle(life, [stopping]) or interruption
+        interruption = await _settle(life, [stopping], LONGEST + CANCEL_GRACE) or interruption
     for session in life.sessions:
         _ignoring_errors(life, revoke_session, life, session)
         _ignoring_errors(life, end_session, session)
@@ -198,15 +198,17 @@ def _stop_tasks(life: Life) -> list[asyncio.Task[None]]:
     return tasks
 
 
-async def _settle(life: Life, tasks: Iterable[asyncio.Task[None]]) -> asyncio.CancelledError | None:
+async def _settle(
+    life: Life, tasks: Iterable[asyncio.Task[None]], seconds: float = 2 * CANCEL_GRACE
+) -> asyncio.CancelledError | None:
     """
     Wait until *tasks*, which were told to stop, have; return a cancellation met meanwhile.
 
-    None of them can take longer than `CANCEL_GRACE`, but for callbacks of the user's.
+    None of them can take longer than *seconds*, but for callbacks of the user's.
     """
     interruption: asyncio.CancelledError | None = None
     pending: set[asyncio.Task[None]] = {task for task in tasks if not task.done()}
-    until = monotonic() + 2 * CANCEL_GRACE
+    until = monotonic() + seconds
     while pending and (remaining := until - monotonic()) > 0:
         try:
             _, pending = await asyncio.wait(pending, timeout=remaining)
