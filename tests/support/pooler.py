@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from typing_extensions import override
 
 from poolkeeper._embedded import free_port
-from tests.support.proxy import FaultProxy
+from tests.support.proxy import ReadingProxy
 from tests.support.server import admin
 from tests.support.waiting import eventually
 
 
-class OwningPooler(FaultProxy):
+class OwningPooler(ReadingProxy):
     """
     Reports values of its own with each answer of the server, whatever the client has set.
 
@@ -36,30 +36,22 @@ class OwningPooler(FaultProxy):
         super().__init__(dsn)
         self._reports = reports
 
-    @property
     @override
-    def dsn(self) -> str:
-        # In clear: it reads what the server says.
-        return make_conninfo(super().dsn, sslmode="disable", gssencmode="disable")
-
-    @override
-    async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(
+        self, messages: AsyncIterator[tuple[bytes, bytes]], writer: asyncio.StreamWriter
+    ) -> None:
         ready = 0
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readexactly(5)
-                body = await reader.readexactly(int.from_bytes(head[1:], "big") - 4)
-                if head[:1] == b"Z":
-                    if ready:  # the first one ends the login
-                        for name, value in self._reports().items():
-                            status = f"{name}\0{value}\0".encode()
-                            writer.write(b"S" + (len(status) + 4).to_bytes(4, "big") + status)
-                    ready += 1
-                writer.write(head + self._answer(head[:1], body))
-                await writer.drain()
-        writer.close()
+        async for head, body in messages:
+            if head[:1] == b"Z":
+                if ready:  # the first one ends the login
+                    for name, value in self._reports().items():
+                        status = f"{name}\0{value}\0".encode()
+                        writer.write(b"S" + (len(status) + 4).to_bytes(4, "big") + status)
+                ready += 1
+            writer.write(head + self._as_told(head[:1], body))
+            await writer.drain()
 
-    def _answer(self, kind: bytes, body: bytes) -> bytes:
+    def _as_told(self, kind: bytes, body: bytes) -> bytes:
         """Return what is passed on of an answer; as long as that."""
         return body
 
@@ -97,7 +89,7 @@ class TranslatingPooler(OwningPooler):
         return body[:at] + b"POOLER_" + body[at:]
 
     @override
-    def _answer(self, kind: bytes, body: bytes) -> bytes:
+    def _as_told(self, kind: bytes, body: bytes) -> bytes:
         return b"\x7f" + body[1:] if kind == b"K" else body
 
 

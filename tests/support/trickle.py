@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import AsyncIterator
 
-from psycopg.conninfo import make_conninfo
 from typing_extensions import override
 
-from poolkeeper.testing import FaultProxy
+from tests.support.proxy import ReadingProxy
 
 
-class Trickle(FaultProxy):
+class Trickle(ReadingProxy):
     """
     Passes each message of the server on by itself, a moment after the one before it.
 
@@ -29,25 +28,18 @@ class Trickle(FaultProxy):
         self.pause = pause
         self.cut_after: int | None = None
 
-    @property
     @override
-    def dsn(self) -> str:
-        """The way in, on which all messages have the same form from the first one on."""
-        return make_conninfo(super().dsn, sslmode="disable", gssencmode="disable")
-
-    @override
-    async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readexactly(5)
-                data = head + await reader.readexactly(int.from_bytes(head[1:], "big") - 4)
-                if self.cut_after is not None:
-                    if (rest := self.cut_after - len(data)) < 0:
-                        writer.write(data[: self.cut_after])
-                        self.cut_after = None
-                        break
-                    self.cut_after = rest
-                writer.write(data)
-                await writer.drain()
-                await asyncio.sleep(self.pause)
-        writer.close()
+    async def _answer(
+        self, messages: AsyncIterator[tuple[bytes, bytes]], writer: asyncio.StreamWriter
+    ) -> None:
+        async for head, body in messages:
+            data = head + body
+            if self.cut_after is not None:
+                if (rest := self.cut_after - len(data)) < 0:
+                    writer.write(data[: self.cut_after])
+                    self.cut_after = None
+                    return
+                self.cut_after = rest
+            writer.write(data)
+            await writer.drain()
+            await asyncio.sleep(self.pause)
