@@ -134,7 +134,7 @@ def result_of(asked: Asked, shown: Any) -> Any:
         raise asked.error
     results, cursor = asked.results, asked.cursor
     if cursor is None:
-        result = results[0] if results else None
+        result = results[0] if len(results) == 1 else None  # the commit may be refused after it
         if result is not None and (
             result.status == COMMAND_OK or (result.status == TUPLES_OK and result.nfields)
         ):

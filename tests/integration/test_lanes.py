@@ -243,6 +243,28 @@ async def test_every_statement_ends_as_by_psycopgs_cursor(table: str, factory: A
     assert ended[0] == ended[1]
 
 
+@pytest.mark.parametrize("threshold", [None, 0, 5])
+async def test_what_the_commit_refuses_is_no_success(database: str, threshold: int | None) -> None:
+    """The server has answered the statement by then: with its rows, even."""
+    admin(database, "create table d (n int unique deferrable initially deferred)")
+    admin(database, "insert into d values (1)")
+    insert = "insert into d values (%s)"
+    kwargs = {"prepare_threshold": threshold}
+    async with PoolManager(database, min_size=1, kwargs=kwargs, pipeline=True) as db:
+        for _ in range(2):
+            for call in (
+                db.execute(insert, (1,)),
+                db.execute("insert into d values (1)"),
+                db.fetchone(f"{insert} returning n", (1,)),
+                db.fetchval(f"{insert} returning n", (1,)),
+                db.fetchall(f"{insert} returning n", (1,), row_factory=dict_row),
+            ):
+                with pytest.raises(psycopg.errors.UniqueViolation):
+                    await call
+        assert await db.execute(insert, (2,)) == 1
+        assert await db.fetchall("select n from d order by n") == [(1,), (2,)]
+
+
 async def test_psycopgs_prepared_statements_are_prepared_counted_and_forgotten(
     make_manager: MakeManager,
 ) -> None:
