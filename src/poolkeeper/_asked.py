@@ -47,12 +47,15 @@ class Asked:
         results: What the server has answered.
         error: Why it will not.
         moved: True if it is to be sent elsewhere.
+        goes_on: True if the server may run it all the same.
+        guarded: True if it is the copy of one that goes on, so that it must write nothing.
         left: True if nobody waits for it.
     """
 
     __slots__ = (
-        "code", "cursor", "done", "entry", "error", "known", "left", "lineno", "make_row", "moved",
-        "name", "prepares", "results", "seconds", "since", "task", "transformer",
+        "code", "cursor", "done", "entry", "error", "goes_on", "guarded", "known", "left", "lineno",
+        "make_row", "moved", "name", "prepares", "results", "seconds", "since", "task",
+        "transformer",
     )  # fmt: skip
 
     transformer: Any
@@ -70,7 +73,7 @@ class Asked:
         """psycopg's, if one is needed to make the rows; else there is what does it."""
         self.results: list[Any] = []
         self.error: BaseException | None = None
-        self.moved = self.left = False
+        self.moved = self.goes_on = self.guarded = self.left = False
         self.entry: Any = None
         self.name = b""
         """Of the prepared statement that it runs."""

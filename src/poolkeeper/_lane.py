@@ -12,7 +12,9 @@ a stranger: a task that does not wait any more leaves its place in the row, and 
 is dropped.
 
 Only plain reads share a lane (see `_statements`). When the one at its head takes long, those
-behind it are sent again elsewhere: what the lane answers them later is dropped.
+behind it are sent again elsewhere: what the lane answers them later is dropped. A read can write
+nevertheless, by a view that calls a function: so the copy runs in a transaction that is read-only,
+and if the server refuses it there, the answer to the first is waited for after all.
 """
 # A statement is converted, sent and read with what psycopg's cursors use.
 # pyright: reportPrivateUsage=false
@@ -35,6 +37,7 @@ from ._asked import Asked, last_word, received
 from ._begin import lost
 from ._checkouts import Checkout
 from ._converting import Converter
+from ._gathering import Gathering
 from ._life import Life
 from ._line import Place
 from ._releasing import keep_unseen, release
@@ -61,12 +64,16 @@ LONG = 0.002
 LARGE = 8192
 """Bytes of parameters that are sent behind nobody."""
 
+GUARD = b"select pg_catalog.set_config('transaction_read_only', 'on', true)"
+"""What goes before the copy of a statement, in its transaction, so that it writes nothing."""
+
 
 class Room(Protocol):
     """What a lane tells the room that it is in."""
 
     life: Life
     loop: asyncio.AbstractEventLoop
+    gathering: Gathering
 
     def lane_ended(self, lane: Lane) -> None:
         """Forget *lane*."""
@@ -92,9 +99,10 @@ class Lane(Place):
     """
 
     __slots__ = (
-        "__weakref__", "_loop", "_room", "_stopping", "_writer", "checkout", "closed", "conn",
-        "converter", "drained", "head_since", "joined", "loud", "pgconn", "plain", "promised",
-        "session", "shared", "stopped", "under_way", "unprepared", "until", "users", "wire",
+        "__weakref__", "_gathering", "_loop", "_room", "_stopping", "_writer", "checkout", "closed",
+        "conn", "converter", "drained", "head_since", "joined", "loud", "pgconn", "plain",
+        "promised", "session", "shared", "stopped", "under_way", "unprepared", "until", "users",
+        "wire",
     )  # fmt: skip
 
     conn: Any
@@ -103,7 +111,7 @@ class Lane(Place):
     converter: Converter
 
     def __init__(self, room: Room, session: Session) -> None:
-        self._room, self._loop = room, room.loop
+        self._room, self._loop, self._gathering = room, room.loop, room.gathering
         self.wire: Wire = session.wire
         self.pgconn: Any = session.pgconn
         self.users = self.promised = 0
@@ -183,6 +191,8 @@ class Lane(Place):
         prepared: PrepareManager = conn._prepared
         if prepared._to_flush:
             self._deallocate(prepared)
+        if asked.guarded:
+            pgconn.send_query_params(GUARD, None)
         key = PrepareManager.key(converted)
         if (name := prepared._names.get(key)) and prepared.prepare_threshold is not None:
             # As PrepareManager's methods do, which are for all cases.
@@ -255,6 +265,8 @@ class Lane(Place):
             wire.waiter = self
             if not wire.watched or not wire.looking:
                 self._watch()
+        elif not self.wire.holds_back or now > self._gathering.until:
+            self._gathering.hold_back(self.wire, now)
         self.under_way.append(asked)
         try:
             self.pgconn.pipeline_sync()
@@ -359,13 +371,15 @@ class Lane(Place):
         results = asked.results
         if self.loud:
             asked.seconds, self.head_since = (now := monotonic()) - self.head_since, now
+        if asked.guarded and results and results[0].status == TUPLES_OK:
+            del results[0]  # of the guard
         if asked.prepares and len(results) > 1:
             if results[0].status == COMMAND_OK:
                 del results[0]  # of the preparation
             else:
                 self.unprepared.add(asked.name)
         elif asked.name in self.unprepared and self.shared:
-            asked.moved = True  # it relied on the one before it
+            asked.moved, asked.goes_on = True, False  # it relied on the one before it
         if asked.entry is not None:
             asked.validate(self.conn._prepared)
         asked.wake()
@@ -388,9 +402,10 @@ class Lane(Place):
         """Send those behind the head elsewhere, for it takes long; take nobody more."""
         self.closed = True
         for asked in list(self.under_way)[1:]:
-            if not asked.left:
-                asked.left = asked.moved = True
+            if not asked.left and not asked.goes_on:
+                asked.left = asked.moved = asked.goes_on = True
                 asked.wake()
+                asked.done = self._loop.create_future()  # its end, if anybody asks
 
     def _fail(self, error: BaseException) -> None:
         """Tell the one at the head why the connection is gone; the others are sent elsewhere."""
@@ -401,8 +416,9 @@ class Lane(Place):
         self.under_way.clear()
         for index, asked in enumerate(failed):
             if index and self.shared:
-                asked.moved = True
-            elif not asked.left:
+                asked.moved = asked.goes_on = True  # or it has, for all that can be known
+                asked.error = last_word(self.pgconn, asked, lost(), True)
+            elif asked.goes_on or not asked.left:
                 asked.seconds = monotonic() - self.head_since
                 asked.error = last_word(self.pgconn, asked, error, sent)
             asked.wake()

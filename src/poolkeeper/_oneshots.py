@@ -11,7 +11,7 @@ soon as the first in line wants a connection of its own, and gives its own up wh
 While anything is under way a clock looks, each `TICK`. If the server has not answered the one at
 the head of a lane for `SLOW`, its text is remembered, and those behind it are moved: they stand
 in line again, at the place that they would have. The server runs what was sent already, when its
-turn comes, for nobody.
+turn comes, for nobody; unless the copy turned out to write, and so was refused.
 """
 # A pool's life, and what it was made with, are not its users'.
 # pyright: reportPrivateUsage=false
@@ -26,12 +26,13 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, connection_async, cursor_async
+from psycopg import AsyncConnection, AsyncCursor, connection_async, cursor_async, pq
 
 from ._acquiring import take, task_name, wait_for_connection
 from ._asked import Asked, result_of
 from ._checkouts import ACQUIRED
-from ._lane import DEPTH, Lane
+from ._gathering import Gathering
+from ._lane import Lane
 from ._life import Life, Pool
 from ._releasing import release
 from ._session import Session
@@ -72,6 +73,7 @@ class Lanes:
     def __init__(self, life: Life) -> None:
         self.life = life
         self.loop = asyncio.get_running_loop()
+        self.gathering = Gathering(self.loop)
         self.texts = Texts()
         # Agents and users change all connections, or none: one that is idle tells.
         self.refused = not psycopg.capabilities.has_pipeline() or not all(map(_is_plain, life.idle))
@@ -121,13 +123,14 @@ class Lanes:
         return self._opened(given, shot)
 
     def _with_room(self) -> Lane | None:
-        """Return the lane with room on which the fewest are under way."""
-        now, best, fewest = monotonic(), None, DEPTH
+        """Return a lane with room, each in turn."""
+        now = monotonic()
         for lane in self._all:
-            number = len(lane.under_way) + lane.promised
-            if number < fewest and lane.takes_more(now):
-                best, fewest = lane, number
-        return best
+            if lane.takes_more(now):
+                del self._all[lane]
+                self._all[lane] = None
+                return lane
+        return None
 
     def _opened(self, conn: Any, shot: OneShot) -> Lane | None:
         """Return a lane on *conn*, just acquired; None if that is for psycopg's cursors only."""
@@ -278,6 +281,7 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
             lane = lanes.place_now(shot) or await lanes.place(shot)
             while lane is not None:
                 asked = Asked(shot.known, shot.frame.f_code, shot.lineno, current_task(loop))
+                asked.guarded = shot.first is not None
                 try:
                     if lane.send(asked, shot.query, shot.params, shot.row_factory):
                         if shot.query_timeout is None:
@@ -287,11 +291,16 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
                         if not asked.moved:
                             return _fetched(shot, lane, asked)
                         shot.since = asked.since
+                        if asked.goes_on and shot.first is None:
+                            shot.first = (lane, asked)
                     else:
                         shot.since, shot.shares = shot.since or monotonic(), False
                 except psycopg.errors.ReadOnlySqlTransaction:
-                    lane.session.doubt()
-                    raise
+                    if not asked.guarded:
+                        lane.session.doubt()
+                        raise
+                    shot.known.writes()
+                    break
                 except psycopg.OperationalError:
                     if asked.since or lane.pgconn.status != BAD:
                         raise
@@ -305,6 +314,8 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
                     if shot.told is not None:
                         lanes.tell_left(lane, shot, asked)
                 lane = await lanes.place(shot)
+        if shot.first is not None:
+            return await _by_first(pool, shot, *shot.first)
         return await by_cursor(pool, shot)
     except (PoolkeeperError, psycopg.Error) as ex:
         raise ex.with_traceback(None)  # noqa: B904 - see briefly()
@@ -320,7 +331,28 @@ def _fetched(shot: OneShot, lane: Lane, asked: Asked) -> Any:
     return shot.fetch.at_once(result, asked.transformer, asked.make_row)
 
 
-async def _answered_in_time(lane: Lane, asked: Asked, seconds: float) -> None:
+async def _by_first(pool: Pool, shot: OneShot, lane: Lane, first: Asked) -> Any:
+    """Return the answer to what was sent *first*, for a copy must not do what it does."""
+    if not first.done.done():  # so its lane is what it was
+        lane.users += 1
+        first.left = False
+        try:
+            await _answered_in_time(lane, first, shot.query_timeout)
+        finally:
+            lane.leave(first)
+    if first.error is None and (not first.goes_on or _was_stopped(first)):
+        shot.first, shot.shares = None, False  # it has done nothing
+        return await by_lane(pool, shot)
+    return _fetched(shot, lane, first)
+
+
+def _was_stopped(asked: Asked) -> bool:
+    """Tell whether the server was asked to stop it, when nobody waited for it."""
+    last = asked.results[-1] if asked.results else None
+    return last is None or last.error_field(pq.DiagnosticField.SQLSTATE) == b"57014"
+
+
+async def _answered_in_time(lane: Lane, asked: Asked, seconds: float | None) -> None:
     try:
         async with asyncio.timeout(seconds):
             try:
@@ -329,6 +361,7 @@ async def _answered_in_time(lane: Lane, asked: Asked, seconds: float) -> None:
                 await lane.cancelled(asked)
                 raise
     except TimeoutError:
+        assert seconds is not None
         raise query_timeout(
             lane.conn._binding.name, asked.in_words(), seconds, lane.conn.closed, lane.stopped
         ) from None  # before it is our own cancellation

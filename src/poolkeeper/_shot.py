@@ -18,7 +18,7 @@ import psycopg
 from psycopg import AsyncCursor
 from typing_extensions import override
 
-from ._asked import all_rows, first_row, rowcount
+from ._asked import Asked, all_rows, first_row, rowcount
 from ._block import CheckoutContext
 from ._life import Pool
 from ._statements import Known
@@ -52,8 +52,8 @@ class OneShot:
     """
 
     __slots__ = (
-        "fetch", "frame", "known", "lineno", "params", "query", "query_timeout", "row_factory",
-        "shares", "since", "timeout", "told",
+        "fetch", "first", "frame", "known", "lineno", "params", "query", "query_timeout",
+        "row_factory", "shares", "since", "timeout", "told",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +78,8 @@ class OneShot:
         """Since when it waits for a connection, if it was sent and moved."""
         self.shares = False
         """True if a place on a lane will do."""
+        self.first: tuple[Any, Asked] | None = None
+        """The lane that it was on first, if the server runs it there all the same."""
         self.told: tuple[Any, float] | None = None
         """By whom, and since when it has its connection, if that was told."""
         self.known: Known

@@ -64,6 +64,11 @@ class Known:
         self._quick = -self._penalty
         self._penalty = min(2 * self._penalty, MOST_PENALTY)
 
+    def writes(self) -> None:
+        """Note that it writes, whatever its words say: it has a connection to itself from now."""
+        self.way = Way.ALONE
+        self.shares = False
+
 
 _BY_CURSOR = Known(Way.CURSOR)
 

@@ -31,6 +31,9 @@ NOT_READY = waiting.Ready.NONE
 LOOK = 0.25
 """Seconds between looks at a socket that is waited for, however quiet the event loop is."""
 
+CORK: int | None = getattr(socket, "TCP_CORK", None)
+"""The option of a socket that holds back what does not fill a packet; Linux has it."""
+
 BUSY = 0.005
 """Seconds after which a task that never has to wait for its socket lets others run."""
 
@@ -71,16 +74,17 @@ class Wire:
         watched: True while the loop watches.
         waiter: What is done when the socket is ready, while somebody waits.
         busy_since: Since when nobody had to wait; 0.0 if somebody has since.
+        holds_back: True while the kernel holds back what does not fill a packet, or if it cannot.
     """
 
     __slots__ = (
-        "__weakref__", "_binding", "_descriptor", "_poll", "asked", "busy_since", "looking",
-        "socket", "waiter", "watched",
+        "__weakref__", "_binding", "_descriptor", "_poll", "asked", "busy_since", "holds_back",
+        "looking", "socket", "waiter", "watched",
     )  # fmt: skip
 
     def __init__(self, fileno: int, binding: LoopBinding) -> None:
         self.socket = fileno
-        self.watched = self.looking = False
+        self.watched = self.looking = self.holds_back = False
         self.asked: int = READ
         self.waiter: Told | None = None
         self.busy_since = 0.0
@@ -181,6 +185,29 @@ class Wire:
             fileno = self.socket if self._descriptor < 0 else self._descriptor
             poll = self._poll = _poll_for(fileno)
         return poll() & state
+
+    def hold_back(self) -> bool:
+        """Let the kernel hold back what does not fill a packet; False if it cannot."""
+        self.holds_back = True
+        return self._cork(1)
+
+    def send(self) -> None:
+        """Let it send what it has held back."""
+        self.holds_back = False
+        self._cork(0)
+
+    def _cork(self, on: int) -> bool:
+        if CORK is None:
+            return False
+        # A socket object that lives longer would close the descriptor when it is collected.
+        option = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, self.descriptor)
+        try:
+            option.setsockopt(socket.IPPROTO_TCP, CORK, on)
+        except OSError:  # a Unix socket, or one that is gone
+            return False
+        finally:
+            option.detach()
+        return True
 
     @property
     def pool(self) -> str:
