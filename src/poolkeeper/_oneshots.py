@@ -37,7 +37,7 @@ from ._life import Life, Pool
 from ._releasing import release
 from ._session import Session
 from ._shot import OneShot, by_cursor, query_timeout
-from ._statements import Texts, Way
+from ._statements import Known, Texts, Way
 from ._status import BAD
 from ._stock import grow
 from .errors import PoolkeeperError
@@ -276,8 +276,8 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
         lanes: Lanes | None = life.lanes
         if lanes is None:
             lanes = life.lanes = Lanes(life)
-        shot.known = lanes.texts.known(shot.query)
-        if shot.known.way is not Way.CURSOR and lanes.serve:
+        known = shot.known = lanes.texts.known(shot.query)
+        if known.way is not Way.CURSOR and lanes.serve and not _lacks_parameters(known, shot):
             lane = lanes.place_now(shot) or await lanes.place(shot)
             while lane is not None:
                 asked = Asked(shot.known, shot.frame.f_code, shot.lineno, current_task(loop))
@@ -319,6 +319,13 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
         return await by_cursor(pool, shot)
     except (PoolkeeperError, psycopg.Error) as ex:
         raise ex.with_traceback(None)  # noqa: B904 - see briefly()
+
+
+def _lacks_parameters(known: Known, shot: OneShot) -> bool:
+    """Tell whether *shot* may have less of them than it takes: each protocol has its own error."""
+    if (params := shot.params) is None:
+        return known.numbers
+    return not len(params) and (known.numbers or "%" in shot.query)
 
 
 def _fetched(shot: OneShot, lane: Lane, asked: Asked) -> Any:

@@ -41,13 +41,15 @@ class Known:
 
     Attributes:
         way: The best that its words allow.
+        numbers: True if it numbers its parameters, as PostgreSQL does: ``$1``.
         shares: True if it may be sent behind others, and others behind it.
     """
 
-    __slots__ = ("_penalty", "_quick", "shares", "way")
+    __slots__ = ("_penalty", "_quick", "numbers", "shares", "way")
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, numbers: bool = False) -> None:
         self.way = way
+        self.numbers = numbers
         self.shares = False
         self._quick = -1
         self._penalty = PENALTY
@@ -84,21 +86,25 @@ class Texts:
         known = self._known.get(query) if type(query) is str else _BY_CURSOR
         if known is None:
             assert isinstance(query, str)
-            known = Known(way_of(query))
+            known = Known(way_of(query), numbers_parameters(query))
             if len(self._known) >= MOST:
                 del self._known[next(iter(self._known))]
             self._known[query] = known
         return known
 
 
-_BEFORE = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*[^*]*\*/)*")
+# As PostgreSQL's lexer has it: a comment ends with its line, and any character that is not ASCII
+# may be in a name.
+_BEFORE = re.compile(r"(?:\s|\(|--[^\n\r]*[\n\r]|/\*[^*]*\*/)*")
 _WORD = re.compile(r"[a-z_][a-z0-9_$]*")
-_CALL = re.compile(r'([a-z_"][\w$."]*)\s*\(')
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*|/\*[^*]*\*/")
+_CALL = re.compile(r'([a-z_"\x80-\U0010ffff][\w$."\x80-\U0010ffff]*)\s*\(')
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n\r]*|/\*[^*]*\*/")
+_DOT = re.compile(r"\s*\.\s*")
+_NUMBER = re.compile(r"\$[0-9]")
 
 _READS = frozenset({"select", "values", "table", "with"})
 _WRITES = frozenset({"insert", "update", "delete", "merge"})
-_NOT_PLAIN = _WRITES | {"into", "for", "lock"}
+_NOT_PLAIN = _WRITES | {"into", "for", "lock", "uescape"}
 
 _WORDS = """
     select values from where and or not in any some all exists as over on using by having when
@@ -147,7 +153,7 @@ def way_of(text: str) -> Way:
     """Return the best way that the words of *text* allow."""
     if len(text) > LONGEST:
         return Way.CURSOR
-    lowered = text.lower()
+    lowered = _lowered(text)
     begins = _BEFORE.match(lowered)
     first = _WORD.match(lowered, begins.end() if begins else 0)
     word = first.group() if first else ""
@@ -158,14 +164,24 @@ def way_of(text: str) -> Way:
         return Way.ALONE
     if word not in _READS:
         return Way.CURSOR
-    # Such quotes would take a lexer.
-    if "\\" in lowered or "$$" in lowered or re.search(r"\$[a-z_]\w*\$", lowered):
+    bare = _DOT.sub(".", _QUOTED.sub(_in_place_of, lowered))
+    # Such quotes and comments would take a lexer.
+    if "\\" in lowered or "$" in bare or "/*" in bare:
         return Way.ALONE
-    bare = _QUOTED.sub(_in_place_of, lowered)
-    if "/*" in bare or not _NOT_PLAIN.isdisjoint(_WORD.findall(bare)):
+    if not _NOT_PLAIN.isdisjoint(_WORD.findall(bare)):
         return Way.ALONE
     calls = {name.removeprefix("pg_catalog.") for name in _CALL.findall(bare)}
     return Way.SHARED if calls <= _HARMLESS else Way.ALONE
+
+
+def numbers_parameters(text: str) -> bool:
+    """Tell whether *text* numbers its parameters; in doubt it does not."""
+    return _NUMBER.search(_QUOTED.sub(_in_place_of, text)) is not None
+
+
+def _lowered(text: str) -> str:
+    """Return *text* as PostgreSQL folds names: a to z, and no more of Unicode."""
+    return text.encode(errors="surrogatepass").lower().decode(errors="surrogatepass")
 
 
 def _in_place_of(quoted: re.Match[str]) -> str:

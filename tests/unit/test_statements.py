@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from poolkeeper._statements import MOST, MOST_PENALTY, PENALTY, Texts, Way, way_of
+from poolkeeper._statements import (
+    MOST,
+    MOST_PENALTY,
+    PENALTY,
+    Texts,
+    Way,
+    numbers_parameters,
+    way_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +28,8 @@ from poolkeeper._statements import MOST, MOST_PENALTY, PENALTY, Texts, Way, way_
         "select * from t where a in (%s) and b = any(%(b)s) and c = 'insert (it''s) for you'",
         'select "into", x::numeric(10, 2) from "for update"',
         "select pg_catalog.lower(name) from t",
+        "select pg_catalog . lower (name) from 表",
+        "select jsonb_path_query(a, '$.b') from t",
     ],
 )
 def test_plain_reads_share(text: str) -> None:
@@ -50,6 +60,17 @@ def test_plain_reads_share(text: str) -> None:
         "select $a$ ' $a$, f(1)",
         "select /* /* */ f(1) */ 1",
         "with f(a) as (select 1) select * from f",
+        "select 更新(1)",
+        "select 更新count(1)",
+        "select \N{ROCKET}(1)",
+        "select ran\N{KELVIN SIGN}(1)",
+        "select lower\N{NO-BREAK SPACE}('A')",
+        "select mine . lower('A')",
+        "select mine./* its own */lower('A')",
+        "select U&\"f!0061\" uescape '!' (1)",
+        "select $é$ ' $é$, f(1), ' '",
+        "select 1 -- one\r, f(1)",
+        "select /* /* */ ' */ f(1) /* ' */",
     ],
 )
 def test_what_may_write_or_lock_or_call_anything_is_alone(text: str) -> None:
@@ -78,6 +99,12 @@ def test_what_may_write_or_lock_or_call_anything_is_alone(text: str) -> None:
 )
 def test_all_else_is_psycopgs_affair(text: str) -> None:
     assert way_of(text) is Way.CURSOR
+
+
+@pytest.mark.parametrize("text", ["select $1", "insert into t values ('a' || $2 || 'b')"])
+def test_what_numbers_its_parameters_is_known(text: str) -> None:
+    assert numbers_parameters(text)
+    assert not numbers_parameters("select '$1', \"$1\", a$b from t -- $1")
 
 
 @pytest.mark.parametrize("query", [b"select 1", None, 1])
