@@ -28,8 +28,12 @@ COMMAND_OK = pq.ExecStatus.COMMAND_OK
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 TUPLES_OK = pq.ExecStatus.TUPLES_OK
 
-MAKERS: dict[Any, Callable[[Sequence[Any]], Any]] = {tuple_row: tuple, scalar_row: itemgetter(0)}
-"""What these row factories make rows with, whatever the cursor has."""
+_first: Callable[[Sequence[Any]], Any] = itemgetter(0)
+
+
+def maker_of(factory: Any) -> Callable[[Sequence[Any]], Any] | None:
+    """Return what *factory* makes rows with, if that is the same whatever the cursor has."""
+    return tuple if factory is tuple_row else _first if factory is scalar_row else None
 
 
 class Asked:

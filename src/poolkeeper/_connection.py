@@ -451,13 +451,15 @@ class ShownConnection(ReleasedConnection):
     def of(conn: BoundConnection) -> Any:
         """Return one for the handle *conn*; it does not keep the session alive."""
         shown = object.__new__(cast("type[ShownConnection]", conn._shown_class))
-        vars(shown).update(vars(conn), _checkout=None, _pool=None)
+        vars(shown).update(vars(conn), _checkout=None, _pool=None, _autocommit=True)
         del vars(shown)["_session"]
         return shown
 
 
-for _name in ("adapters", "broken", "closed", "cursor", "info"):
+for _name in ("adapters", "broken", "closed", "cursor", "fileno", "info"):
     setattr(ShownConnection, _name, getattr(BoundConnection, _name))
+for _name in ("prepare_threshold", "prepared_max"):
+    setattr(ShownConnection, _name, property(getattr(BoundConnection, _name).fget))
 
 
 class RevokedConnection(RetiredConnection):

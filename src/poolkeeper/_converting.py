@@ -1,9 +1,10 @@
 """
 How a one-shot becomes what is sent, and its answer rows: by psycopg's own conversion.
 
-psycopg looks up for each statement what it converts with. A `Converter` remembers it for those of
-a server session: it depends on the adapters of the session, and on parameters that the server
-reports.
+psycopg looks up for each statement what it converts with, and makes it. A `Converter` remembers it
+for those of a server session: it depends on the adapters of the session, and on parameters that
+the server reports. What adapters of the user's depend on is not known (the task that asks, say):
+where there are any, all is made for each statement, as psycopg does.
 
 Nobody is shown the handle of the session itself, so it can be the next one-shot's as well: what
 dumpers, loaders and row factories see is a copy.
@@ -13,12 +14,14 @@ dumpers, loaders and row factories see is a copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from psycopg._queries import PostgresQuery
+from psycopg.abc import Buffer
 from psycopg.adapt import Transformer
 
-from ._asked import MAKERS, Asked
+from ._asked import Asked, maker_of
 from ._connection import ShownConnection
 
 LASTS = 1.0
@@ -26,6 +29,9 @@ LASTS = 1.0
 
 MOST = 100
 """How many texts are remembered."""
+
+LARGE = 8192
+"""Bytes of parameters that are sent behind nobody."""
 
 
 class Converter:
@@ -39,11 +45,12 @@ class Converter:
         now: The time.
     """
 
-    __slots__ = ("_queries", "_until", "adapters", "connection", "transformer")
+    __slots__ = ("_queries", "_remembers", "_until", "adapters", "connection", "transformer")
 
     def __init__(self, conn: Any, now: float) -> None:
         self.adapters = conn._adapters
         self.connection: Any = ShownConnection.of(conn)
+        self._remembers = conn._session.converts_like_psycopg and not self.adapters.handed_out
         self._until = now + LASTS
         self.transformer = Transformer(self)
         self._queries: dict[Any, PostgresQuery] = {}
@@ -59,14 +66,19 @@ class Converter:
         Raises:
             psycopg.Error, or what the user's dumpers raise: It cannot be converted.
         """
-        asked.make_row = MAKERS.get(factory)
-        if asked.make_row is None:
+        if (make_row := maker_of(factory)) is None:
             asked.cursor = cursor = self.connection.cursor(row_factory=factory)
             cursor._tx = Transformer(cursor)
             converted = cursor._query = PostgresQuery(cursor._tx)
             converted.convert(query, params)
             return converted
         # It takes no cursor, which costs as much as all the rest.
+        asked.make_row = make_row
+        if not self._remembers:
+            asked.transformer = Transformer(self)
+            converted = PostgresQuery(asked.transformer)
+            converted.convert(query, params)
+            return converted
         asked.transformer = transformer = self.transformer
         key = (query,) if params is None else query
         known = self._queries.get(key)
@@ -79,3 +91,11 @@ class Converter:
         elif params is not None:
             known.dump(params)
         return known
+
+
+def are_large(values: Sequence[Buffer | None]) -> bool:
+    """Tell whether *values*, as they are sent, are to be sent behind nobody."""
+    try:
+        return sum(map(len, filter(None, values))) > LARGE
+    except (TypeError, ValueError):  # a buffer without a length, or no buffer: libpq shall see
+        return True

@@ -36,7 +36,7 @@ from typing_extensions import override
 from ._asked import Asked, last_word, received
 from ._begin import lost
 from ._checkouts import Checkout
-from ._converting import Converter
+from ._converting import Converter, are_large
 from ._gathering import Gathering
 from ._life import Life
 from ._line import Place
@@ -60,9 +60,6 @@ TURN = 0.1
 
 LONG = 0.002
 """Seconds after which nothing more is sent behind a statement."""
-
-LARGE = 8192
-"""Bytes of parameters that are sent behind nobody."""
 
 GUARD = b"select pg_catalog.set_config('transaction_read_only', 'on', true)"
 """What goes before the copy of a statement, in its transaction, so that it writes nothing."""
@@ -184,7 +181,7 @@ class Lane(Place):
         conn, pgconn = self.conn, self.pgconn
         converted = self.converter.converted(asked, query, params, factory or conn.row_factory)
         values, converted.params = converted.params, None  # it is kept
-        if values and sum(map(len, filter(None, values))) > LARGE:
+        if values and are_large(values):
             if self.under_way:
                 return False
             self.closed = True

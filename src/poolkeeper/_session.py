@@ -91,6 +91,7 @@ class Session:
     Attributes:
         checkout: Who holds it; None while nobody does.
         configured: The reported parameters that ``configure`` has set.
+        converts_like_psycopg: True if all adapters are psycopg's own.
         expires_at: From when on it is to be replaced.
         in_question: True if another session was found on a server that has become another kind,
             and this one was not looked at yet.
@@ -121,6 +122,7 @@ class Session:
         "backend_pid",
         "checkout",
         "configured",
+        "converts_like_psycopg",
         "expires_at",
         "heard_at",
         "in_pool",
@@ -162,6 +164,7 @@ class Session:
         """
         conn._adapters = SharedAdapters(conn.adapters)
         self._adapters = AdaptersMap(conn._adapters)
+        self.converts_like_psycopg = _are_psycopgs(self._adapters)
         self._notice_handlers = conn._notice_handlers.copy()
         self._notify_handlers = conn._notify_handlers.copy()
         self._prepare = (conn._prepared.prepare_threshold, conn._prepared.prepared_max)
@@ -380,6 +383,21 @@ class SharedAdapters(AdaptersMap):
 
     handed_out = False
     """True once anybody but psycopg's cursors, which copy it, was given it: he may keep it."""
+
+
+def _are_psycopgs(adapters: AdaptersMap) -> bool:
+    """Tell whether *adapters* have no class of anybody's but psycopg's."""
+    kinds: Any = (*adapters._dumpers.values(), *adapters._dumpers_by_oid, *adapters._loaders)
+    return all(map(_is_psycopgs, {cls for kind in kinds for cls in kind.values()}))
+
+
+def _is_psycopgs(cls: type) -> bool:
+    if cls.__module__ == "abc":  # made of others, by a call: for an enum, say, or an array
+        return _ADAPTS.isdisjoint(vars(cls)) and all(map(_is_psycopgs, cls.__bases__))
+    return cls.__module__.startswith(("psycopg.", "psycopg_binary.", "psycopg_c."))
+
+
+_ADAPTS = frozenset({"__init__", "__new__", "dump", "get_key", "load", "quote", "upgrade"})
 
 
 class _CurrentHandle:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import ctypes
 import datetime as dt
 import decimal
 import functools
@@ -11,6 +13,7 @@ import random
 import uuid
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -18,9 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import cursor_async
-from psycopg.adapt import Loader
+from psycopg.adapt import Dumper, Loader
 from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
-from psycopg.types.json import Jsonb, set_json_dumps
+from psycopg.types.enum import EnumInfo, register_enum
+from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from typing_extensions import override
 
 from poolkeeper import (
@@ -208,6 +212,15 @@ STATEMENTS: list[tuple[str, Any]] = [
     ("copy t to stdout", None),
     ("create temp table v (n int)", None),
     ("select * from t for update", None),
+    ("select $1", None),
+    ("select %s", {}),
+    ("select %%s", ()),
+    ("select '%%'", {}),
+    ("select * from t where n = $1", None),
+    ("select %s", 5),
+    ("select %s::int", (5,)),
+    ("select %s::int", 5),
+    ("select %s::int", iter([5])),
     ("select now()::timestamptz > %s", (dt.datetime(2000, 1, 1, tzinfo=dt.UTC),)),
     ("select array[%s::timestamptz]", (dt.datetime(2000, 1, 1, tzinfo=dt.UTC),)),
     ("select row(1, 'x', null::int)", None),
@@ -821,7 +834,10 @@ async def test_what_a_row_factory_keeps_can_send_nothing(one: PoolManager[Any]) 
     kept: list[Any] = []
 
     def keeping(cursor: psycopg.AsyncCursor[Any]) -> Callable[..., Any]:
-        kept.append(cursor.connection)
+        conn = cursor.connection
+        kept.append(conn)
+        assert (conn.autocommit, conn.prepare_threshold, conn.prepared_max) == (True, 5, 100)
+        assert conn.fileno() == conn.pgconn.socket
         return lambda values: (cursor.connection.info.backend_pid, *values)
 
     pid = await one.fetchval("select pg_backend_pid()")
@@ -840,6 +856,116 @@ class Hexadecimal(Loader):
     @override
     def load(self, data: Any) -> str:
         return hex(int(data))
+
+
+SPEAKER = contextvars.ContextVar("SPEAKER", default="nobody")
+
+
+class Word:
+    """Something that is said."""
+
+
+class Said(Dumper):
+    """Knows who has begun to speak, and counts."""
+
+    oid = 25
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.said = [SPEAKER.get()]
+
+    @override
+    def dump(self, obj: Any) -> bytes:
+        self.said.append("!")
+        return "".join(self.said).encode()
+
+
+class Heard(Loader):
+    """Knows who has begun to listen, and counts."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.heard = [SPEAKER.get()]
+
+    @override
+    def load(self, data: Any) -> str:
+        self.heard.append("?")
+        return "".join(self.heard)
+
+
+def dynamic(base: type) -> type:
+    """A class of the user's whose module is not told."""
+    return type(f"Dynamic{base.__name__}", (base,), {})
+
+
+@pytest.mark.parametrize("derived", [lambda base: base, dynamic])
+async def test_adapters_of_the_users_are_made_for_each_statement_in_its_task(
+    make_manager: MakeManager, derived: Callable[[type], Any]
+) -> None:
+    async def configure(conn: psycopg.AsyncConnection[Any]) -> None:
+        conn.adapters.register_dumper(Word, derived(Said))
+        conn.adapters.register_loader("name", derived(Heard))
+
+    async def speak(who: str) -> Any:
+        SPEAKER.set(who)
+        return await db.fetchone(query, (Word(), Word()))
+
+    query = "select %s, %s, 'x'::name, 'x'::name"
+    db = make_manager(min_size=1, max_size=1, pipeline=True, configure=configure)
+    async with db:
+        await know(db, query)
+        people = "abcdef"
+        heard = await asyncio.gather(*(asyncio.create_task(speak(who)) for who in people))
+    assert heard == [(f"{who}!", f"{who}!!", f"{who}?", f"{who}??") for who in people]
+
+
+async def test_psycopgs_own_adapters_are_remembered(database: str) -> None:
+    async def configure(conn: psycopg.AsyncConnection[Any]) -> None:
+        register_enum(await EnumInfo.fetch(conn, "mood"), conn)
+        set_json_loads(lambda _: "json", conn)
+
+    admin(database, "create type mood as enum ('good')")
+    async with PoolManager(database, min_size=1, pipeline=True, configure=configure) as db:
+        assert await db.fetchval("select '[]'::json") == "json"
+        assert (await db.fetchval("select 'good'::mood")).name == "good"
+        (session,) = life(db.pool).sessions
+        assert session.converts_like_psycopg
+
+
+class Keeping:
+    """A row factory that is equal to others like it, and so has no hash."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keeping)
+
+    def __call__(self, _cursor: object) -> Callable[..., Any]:
+        return list
+
+
+async def test_a_row_factory_may_have_no_hash(one: PoolManager[Any]) -> None:
+    assert await one.fetchone(PLAIN, (7,), row_factory=Keeping()) == [7]
+
+
+class Counted(Dumper):
+    """Gives what libpq takes, and has no length; or what it does not take."""
+
+    oid = 25
+
+    @override
+    def dump(self, obj: Any) -> Any:
+        return obj.value
+
+
+async def test_what_a_dumper_gives_need_have_no_length(make_manager: MakeManager) -> None:
+    async def configure(conn: psycopg.AsyncConnection[Any]) -> None:
+        conn.adapters.register_dumper(SimpleNamespace, Counted)
+
+    db = make_manager(min_size=1, pipeline=True, configure=configure)
+    async with db:
+        letter = SimpleNamespace(value=ctypes.c_char(b"x"))
+        assert await db.fetchval("select %s", (letter,)) == "x"
+        with pytest.raises(TypeError, match="bytes or buffer"):
+            await db.fetchval("select %s", (SimpleNamespace(value=7),))
 
 
 async def test_adapters_that_a_block_or_a_row_factory_registers_are_gone_with_it(
