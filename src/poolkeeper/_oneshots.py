@@ -130,6 +130,11 @@ class Lanes:
                 del self._all[lane]
                 self._all[lane] = None
                 return lane
+        for lane in list(self._all):  # it may be this loop that is late
+            if not lane.closed and lane.under_way and not lane.session.is_quiet():
+                lane.read()
+                if lane in self._all and lane.takes_more(monotonic()):
+                    return lane
         return None
 
     def _opened(self, conn: Any, shot: OneShot) -> Lane | None:

@@ -10,6 +10,7 @@ import decimal
 import functools
 import json
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
@@ -430,6 +431,20 @@ async def test_nobody_stays_behind_a_slow_statement(table: str) -> None:
             assert not lanes(db).texts.known("select n from t").shares
         assert len(await head) == 3
         await come_to_rest(db)
+
+
+async def test_a_loop_that_is_late_itself_takes_nobody_for_slow(dsn: str) -> None:
+    """The answer to the one before has come long since, and was not read."""
+    async with PoolManager(dsn, min_size=1, max_size=1, timeout=20) as db:
+        await know(db, PLAIN)
+        before = asyncio.create_task(db.fetchval(PLAIN, (1,)))
+        await asyncio.sleep(0)
+        time.sleep(0.05)
+        after = asyncio.create_task(db.fetchval(PLAIN, (2,)))
+        await asyncio.sleep(0)
+        assert not db.snapshot().waiting
+        assert await asyncio.gather(before, after) == [1, 2]
+        assert lanes(db).texts.known(PLAIN).shares
 
 
 async def test_what_waits_for_a_lock_holds_up_nobody_whose_end_it_waits_for(table: str) -> None:
