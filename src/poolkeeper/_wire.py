@@ -189,24 +189,26 @@ class Wire:
     def hold_back(self) -> bool:
         """Let the kernel hold back what does not fill a packet; False if it cannot."""
         self.holds_back = True
-        return self._cork(1)
+        return self._descriptor >= 0 and self._cork(1)
 
     def send(self) -> None:
-        """Let it send what it has held back."""
+        """Let the kernel send what it holds back; may be called when that was done, or is in vain."""
         self.holds_back = False
-        self._cork(0)
+        if self._descriptor >= 0:
+            self._cork(0)
 
     def _cork(self, on: int) -> bool:
         if CORK is None:
             return False
-        # A socket object that lives longer would close the descriptor when it is collected.
-        option = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, self.descriptor)
         try:
-            option.setsockopt(socket.IPPROTO_TCP, CORK, on)
+            # A socket object that lives longer would close the descriptor when it is collected.
+            option = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, self._descriptor)
+            try:
+                option.setsockopt(socket.IPPROTO_TCP, CORK, on)
+            finally:
+                option.detach()
         except OSError:  # a Unix socket, or one that is gone
             return False
-        finally:
-            option.detach()
         return True
 
     @property
@@ -223,6 +225,8 @@ class Wire:
         descriptor = self._descriptor
         if descriptor < 0 or self._binding.forked:
             return
+        if self.holds_back:
+            self.send()
         watched, self.watched, self._descriptor = self.watched, False, -1
         self._poll = None
         loop = self._binding.loop
