@@ -78,8 +78,8 @@ class Wire:
     """
 
     __slots__ = (
-        "__weakref__", "_binding", "_descriptor", "_poll", "asked", "busy_since", "holds_back",
-        "looking", "socket", "waiter", "watched",
+        "__weakref__", "_binding", "_descriptor", "_look", "_poll", "asked", "busy_since",
+        "holds_back", "looking", "socket", "waiter", "watched",
     )  # fmt: skip
 
     def __init__(self, fileno: int, binding: LoopBinding) -> None:
@@ -91,6 +91,7 @@ class Wire:
         self._binding = binding
         self._descriptor = -1
         self._poll: Callable[[], int] | None = None
+        self._look: asyncio.TimerHandle | None = None
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let *loop*, which is the owner's and runs, watch the socket."""
@@ -118,12 +119,12 @@ class Wire:
         And this timer keeps who waits: of a task, asyncio itself keeps no more than a weak
         reference, and that of an ``aclose()`` after a stream that was dropped is nobody else's.
         """
-        loop.call_later(LOOK, self.look, context=Context())
+        self._look = loop.call_later(LOOK, self.look, context=Context())
         self.looking = True
 
     def look(self) -> None:
         """Wake who waits for the socket if it is ready."""
-        self.looking = False
+        self.looking, self._look = False, None
         waiter = self.waiter
         if waiter is None or waiter.done():
             return  # the next exchange starts the timer again
@@ -234,6 +235,9 @@ class Wire:
         # Who waits on a loop that is closed waits for ever, and cannot be told.
         if (waiter := self.waiter) is not None and not waiter.done() and not gone:
             waiter.set_exception(closed_error())
+        if self._look is not None and self._binding.is_here():
+            self._look.cancel()  # it would keep what is let go
+            self.looking, self._look = False, None
         if loop is None or gone or not watched:
             socket.close(descriptor)
         elif self._binding.is_here() or not loop.is_running():
