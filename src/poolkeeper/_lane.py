@@ -368,7 +368,9 @@ class Lane(Place):
         results = asked.results
         if self.loud:
             asked.seconds, self.head_since = (now := monotonic()) - self.head_since, now
-        if asked.guarded and results and results[0].status == TUPLES_OK:
+        if asked.guarded and results:
+            if results[0].status != TUPLES_OK:  # a server that knows no such setting
+                asked.error = psycopg.errors.ReadOnlySqlTransaction("a copy cannot be run")
             del results[0]  # of the guard
         if asked.prepares and len(results) > 1:
             if results[0].status == COMMAND_OK:

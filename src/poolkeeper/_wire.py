@@ -193,7 +193,7 @@ class Wire:
         return self._descriptor >= 0 and self._cork(1)
 
     def send(self) -> None:
-        """Let the kernel send what it holds back; may be called when that was done, or is in vain."""
+        """Let the kernel send what it holds back, if there is still somewhere to send it."""
         self.holds_back = False
         if self._descriptor >= 0:
             self._cork(0)

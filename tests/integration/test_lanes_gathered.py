@@ -113,6 +113,9 @@ async def test_a_session_that_is_lost_while_something_is_held_back_is_replaced(d
             mine.close()
 
         asked = [db.fetchval(PLAIN, (n,)) for n in range(5)]
-        head, *others = await asyncio.gather(*asked, cut(), return_exceptions=True)
-        assert isinstance(head, psycopg.OperationalError)
-        assert others == [1, 2, 3, 4, None]
+        *answers, _ = await asyncio.gather(*asked, cut(), return_exceptions=True)
+        # It may have answered the first before.
+        lost = [n for n in range(5) if isinstance(answers[n], psycopg.OperationalError)]
+        assert len(lost) <= 1
+        assert all(answers[n] == n for n in range(5) if n not in lost)
+        assert await db.fetchval(PLAIN, (9,)) == 9

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import PoolManager
+from poolkeeper import PoolManager, _lane, _oneshots
 from poolkeeper._statements import Way
 from poolkeeper.errors import QueryTimeout
 from tests.support.lanes import PLAIN, READ, know, lanes, locked, trust
@@ -35,6 +35,12 @@ def table(database: str) -> str:
     return database
 
 
+@pytest.fixture(autouse=True)
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No statement is slow until a test wants it."""
+    trust(monkeypatch)
+
+
 def lines(dsn: str) -> int:
     with psycopg.connect(dsn) as conn:
         row = conn.execute("select count(*) from lines").fetchone()
@@ -45,9 +51,10 @@ def lines(dsn: str) -> int:
 class Behind:
     """A reader of the view, sent behind another who waits for a lock, on one of two connections."""
 
-    def __init__(self, db: PoolManager[Any], seconds: float | None = None) -> None:
+    def __init__(self, db: PoolManager[Any], patch: pytest.MonkeyPatch | None) -> None:
         self.db = db
-        self.seconds = seconds
+        self._patch = patch
+        self.seconds: float | None = None
 
     @asynccontextmanager
     async def sent(self) -> AsyncIterator[None]:
@@ -60,6 +67,8 @@ class Behind:
             self.plain = asyncio.create_task(self.db.fetchval(PLAIN, (7,)))
             await asyncio.sleep(0)
             assert [len(row.behind) for row in self.db.snapshot().checkouts[1:]] == [2]
+            if self._patch:
+                self._patch.setattr(_oneshots, "SLOW", 0.01)  # which it is from now on
             yield
 
     async def refused(self) -> None:
@@ -68,9 +77,11 @@ class Behind:
         assert not self.reader.done()
 
 
-async def test_what_is_sent_again_elsewhere_writes_once(table: str) -> None:
+async def test_what_is_sent_again_elsewhere_writes_once(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db)
+        behind = Behind(db, monkeypatch)
         with locked(table):
             async with behind.sent():
                 pass
@@ -86,10 +97,28 @@ async def test_what_is_sent_again_elsewhere_writes_once(table: str) -> None:
         assert lines(table) == 21
 
 
-async def test_what_is_sent_again_and_was_stopped_is_run_by_itself(table: str) -> None:
+async def test_nothing_is_sent_again_where_the_server_has_no_read_only_transactions(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_lane, "GUARD", b"select no_such_function()")
+    async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
+        behind = Behind(db, monkeypatch)
+        with locked(table):
+            async with behind.sent():
+                pass
+            await behind.refused()
+        assert await behind.head == []
+        assert await behind.reader
+        assert await behind.plain == 7
+        assert lines(table) == 1
+
+
+async def test_what_is_sent_again_and_was_stopped_is_run_by_itself(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody waited for the one before it any more, nor, just then, for this one."""
     async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db)
+        behind = Behind(db, monkeypatch)
         with locked(table):
             async with behind.sent():
                 await until(lambda: db.snapshot().waiting == 2)  # to be sent again
@@ -103,9 +132,8 @@ async def test_what_cannot_be_sent_again_is_said_to_be_lost(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server may have run it before the connection was gone."""
-    trust(monkeypatch)
     async with PoolManager(table, min_size=2, max_size=2, timeout=20, name="lost") as db:
-        behind = Behind(db)
+        behind = Behind(db, None)
         with locked(table):
             async with behind.sent():
                 kill_sessions(table, "poolkeeper:lost")
@@ -118,9 +146,11 @@ async def test_what_cannot_be_sent_again_is_said_to_be_lost(
         assert lines(table) == 0
 
 
-async def test_who_waits_for_the_first_after_all_can_be_cancelled(table: str) -> None:
+async def test_who_waits_for_the_first_after_all_can_be_cancelled(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db)
+        behind = Behind(db, monkeypatch)
         with locked(table):
             async with behind.sent():
                 pass
@@ -133,10 +163,11 @@ async def test_who_waits_for_the_first_after_all_can_be_cancelled(table: str) ->
 
 
 async def test_who_waits_for_the_first_after_all_is_told_when_that_takes_too_long(
-    table: str,
+    table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db, seconds=0.5)
+        behind = Behind(db, monkeypatch)
+        behind.seconds = 0.5
         with locked(table):
             async with behind.sent():
                 pass
