@@ -114,17 +114,24 @@ class Money:
         admin.execute("create table accounts (id int primary key, balance bigint not null)")
         admin.execute(
             "create table transfers"
-            " (id bigint primary key, source int, target int, amount bigint not null)"
+            " (id bigint not null, source int, target int, amount bigint not null)"
         )
         admin.execute(
             "insert into accounts select i, %s from generate_series(1, %s) i",
             (Money.EACH, Money.ACCOUNTS),
         )
+        admin.execute(
+            "create or replace function of_nothing(bigint) returns bigint language sql"
+            " as 'insert into transfers values ($1, 1, 1, 0) returning id'"
+        )
+        admin.execute("drop operator if exists !@ (none, bigint)")
+        admin.execute("create operator !@ (rightarg = bigint, function = of_nothing)")
 
     def check(self, admin: psycopg.Connection[Any]) -> Iterator[str]:
         """Compare what was said with what is there; give what is wrong, and begin anew."""
         rows = admin.execute("select id, source, target, amount from transfers").fetchall()
-        there = {row[0] for row in rows}
+        times = Counter(row[0] for row in rows)
+        there = times.keys()
         balances = dict.fromkeys(range(1, self.ACCOUNTS + 1), self.EACH)
         for _, source, target, amount in rows:
             balances[source] -= amount
@@ -144,6 +151,8 @@ class Money:
             elif (told == "committed") != (number in there):
                 seen = "is on the server" if number in there else "is not on the server"
                 yield f"transfer {number} of {token}, which was told to be {told}, {seen}"
+        for number in (number for number, many in times.items() if many > 1):
+            yield f"transfer {number} was made {times[number]} times"
         for number in there - self._told.keys():
             yield f"transfer {number} is on the server, and nobody made it"
         self._told.clear()

@@ -142,6 +142,19 @@ async def transfer_in_one_shot(visit: Visit) -> None:
     money.tell(number, "committed")
 
 
+@work("transfer by a read", 10)
+async def transfer_by_a_read(visit: Visit) -> None:
+    """Write down a transfer of nothing by what looks like a plain read: it may be sent twice."""
+    money = visit.book.money
+    number = money.begins(visit.token)
+    money.tell(number, "unknown")
+    # The pool finds out that it writes, and remembers it by its text.
+    query = f"select !@ %s::bigint -- {visit.random.randrange(20)}"
+    answer = await visit.db.fetchval(query, (number,))
+    require(answer == number, f"transfer {number} was answered with {answer}")
+    money.tell(number, "committed")
+
+
 async def move(conn: Any, visit: Visit, number: int) -> None:
     """Take from one account, give to another, and write it down."""
     source, target = _two_accounts(visit)
