@@ -104,7 +104,8 @@ _NUMBER = re.compile(r"\$[0-9]")
 
 _READS = frozenset({"select", "values", "table", "with"})
 _WRITES = frozenset({"insert", "update", "delete", "merge"})
-_NOT_PLAIN = _WRITES | {"into", "for", "lock", "uescape"}
+# The settings are among them, as is current_setting(): a copy runs read-only, and that is one.
+_NOT_PLAIN = _WRITES | {"into", "for", "lock", "uescape", "pg_settings"}
 
 _WORDS = """
     select values from where and or not in any some all exists as over on using by having when
@@ -139,7 +140,7 @@ _FUNCTIONS = """
     jsonb_to_record jsonb_to_recordset json_to_record json_to_recordset jsonb_populate_record
     jsonb_populate_recordset to_tsvector to_tsquery plainto_tsquery phraseto_tsquery
     websearch_to_tsquery ts_rank ts_rank_cd ts_headline setweight similarity word_similarity
-    gen_random_uuid pg_typeof pg_backend_pid current_setting current_database current_schema
+    gen_random_uuid pg_typeof pg_backend_pid current_database current_schema
     version txid_current_if_assigned pg_is_in_recovery isfinite lower_inc upper_inc isempty
     range_merge tstzrange tsrange daterange int4range int8range numrange host masklen family
     num_nulls num_nonnulls width_bucket pi grouping

@@ -60,6 +60,8 @@ def test_plain_reads_share(text: str) -> None:
         "select $a$ ' $a$, f(1)",
         "select /* /* */ f(1) */ 1",
         "with f(a) as (select 1) select * from f",
+        "select current_setting('transaction_read_only')",
+        "select setting from pg_catalog.pg_settings where name = 'transaction_read_only'",
         "select 更新(1)",
         "select 更新count(1)",
         "select \N{ROCKET}(1)",
