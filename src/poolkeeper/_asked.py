@@ -44,9 +44,9 @@ class Asked:
         known: What is known of its text.
         code: Where it is asked.
         lineno: At which line of it.
-        task: By whom.
 
     Attributes:
+        task: By whom, once it has a place.
         done: Its end: an answer, an error, or that it is to be sent elsewhere.
         results: What the server has answered.
         error: Why it will not.
@@ -66,13 +66,11 @@ class Asked:
     make_row: Any
     done: Any
 
-    def __init__(
-        self, known: Known | None, code: Code, lineno: int, task: asyncio.Task[Any] | None
-    ) -> None:
+    def __init__(self, known: Known | None, code: Code, lineno: int) -> None:
         self.known = known
         self.code = code
         self.lineno = lineno
-        self.task = task
+        self.task: asyncio.Task[Any] | None = None
         self.cursor: Any = None
         """psycopg's, if one is needed to make the rows; else there is what does it."""
         self.results: list[Any] = []
@@ -181,6 +179,11 @@ def last_word(pgconn: Any, asked: Asked, error: BaseException, sent: bool) -> Ba
     why = its or error
     why.add_note(_SENT if sent else _NOT_SENT)
     return why
+
+
+def cuts_short(error: BaseException) -> bool:
+    """Tell whether Python itself may have raised *error*, between any two steps."""
+    return not isinstance(error, Exception) or isinstance(error, MemoryError | RecursionError)
 
 
 def rowcount(result: Any, _transformer: Any, _make_row: Any) -> int:

@@ -33,7 +33,7 @@ from psycopg._preparing import Prepare, PrepareManager
 from psycopg._queries import PostgresQuery
 from typing_extensions import override
 
-from ._asked import Asked, last_word, received
+from ._asked import Asked, cuts_short, last_word, received
 from ._begin import lost
 from ._checkouts import Checkout
 from ._converting import Converter, are_large
@@ -42,7 +42,7 @@ from ._life import Life
 from ._line import Place
 from ._releasing import keep_unseen, release
 from ._session import Session
-from ._stopping import Stop, in_own_task
+from ._stopping import StopLane, in_own_task
 from ._where import Code
 from ._wire import Wire
 
@@ -74,6 +74,10 @@ class Room(Protocol):
 
     def lane_ended(self, lane: Lane) -> None:
         """Forget *lane*."""
+        ...
+
+    def lane_stays(self, lane: Lane) -> None:
+        """End it later."""
         ...
 
     def lane_has_room(self, lane: Lane) -> None:
@@ -167,7 +171,7 @@ class Lane(Place):
     @override
     def not_taken(self) -> None:
         self.promised -= 1
-        self._look_for_users()
+        self.look_for_users()
 
     # --- sending ------------------------------------------------------------------------------
 
@@ -186,22 +190,36 @@ class Lane(Place):
                 return False
             self.closed = True
         prepared: PrepareManager = conn._prepared
-        if prepared._to_flush:
-            self._deallocate(prepared)
-        if asked.guarded:
-            pgconn.send_query_params(GUARD, None)
         key = PrepareManager.key(converted)
-        if (name := prepared._names.get(key)) and prepared.prepare_threshold is not None:
-            # As PrepareManager's methods do, which are for all cases.
-            prepared._names.move_to_end(key)
-            asked.name = name
-            pgconn.send_query_prepared(
-                name, values, param_formats=converted.formats, result_format=TEXT
-            )
-        else:
-            self._send_new(asked, converted, values, prepared)
-        self._sync(asked)
+        self._prepare_to_send(asked)
+        try:
+            if prepared._to_flush:
+                self._deallocate(prepared)
+            if asked.guarded:
+                pgconn.send_query_params(GUARD, None)
+            if (name := prepared._names.get(key)) and prepared.prepare_threshold is not None:
+                # As PrepareManager's methods do, which are for all cases.
+                prepared._names.move_to_end(key)
+                asked.name = name
+                pgconn.send_query_prepared(
+                    name, values, param_formats=converted.formats, result_format=TEXT
+                )
+                self._sync(asked)
+            else:
+                self._send_new(asked, converted, values, prepared)
+        except BaseException as ex:
+            if not asked.since and (asked.guarded or cuts_short(ex)):
+                self._torn(ex)  # some of it may have been sent, without a sync
+            raise
         return True
+
+    def _prepare_to_send(self, asked: Asked) -> None:
+        """Do what must not come between a statement and its sync: see `_sync()`."""
+        asked.done = self._loop.create_future()
+        if self.under_way:
+            now = monotonic()
+            if not self.wire.holds_back or now > self._gathering.until:
+                self._gathering.hold_back(self.wire, now)
 
     def _send_new(
         self, asked: Asked, converted: PostgresQuery, values: Any, prepared: PrepareManager
@@ -215,6 +233,7 @@ class Lane(Place):
                 converted.query, values,
                 param_types=converted.types, param_formats=converted.formats, result_format=TEXT,
             )  # fmt: skip
+        self._sync(asked)
         if (key := prepared.maybe_add_to_cache(converted, prepare, name)) is not None:
             asked.entry = (key, prepare, name)
 
@@ -245,15 +264,27 @@ class Lane(Place):
             self._sync_for_nobody()
 
     def _sync_for_nobody(self) -> None:
-        asked = Asked(None, Lane.__init__.__code__, 0, None)
+        asked = Asked(None, Lane.__init__.__code__, 0)
         asked.left = True
+        asked.done = self._loop.create_future()
         self._sync(asked)
 
     def _sync(self, asked: Asked) -> None:
-        """End what was sent for *asked*, and see that its answer is read."""
+        """
+        End what was sent for *asked*, and see that its answer is read.
+
+        Whatever may be cut short, by a RecursionError say, comes before or after: a statement
+        without a sync would have the answer of the next one, and that one a stranger's.
+        """
+        first, pending = not self.under_way, 0
+        self.under_way.append(asked)
+        try:
+            self.pgconn.pipeline_sync()
+            pending = self.pgconn.flush()
+        except psycopg.Error:
+            pass  # to read tells why
         asked.since = now = monotonic()
-        asked.done = self._loop.create_future()
-        if not self.under_way:
+        if first:
             self.head_since = self.checkout.busy_since = now
             if self.checkout.used:  # else it is as who has opened it
                 self._served(asked)
@@ -262,15 +293,8 @@ class Lane(Place):
             wire.waiter = self
             if not wire.watched or not wire.looking:
                 self._watch()
-        elif not self.wire.holds_back or now > self._gathering.until:
-            self._gathering.hold_back(self.wire, now)
-        self.under_way.append(asked)
-        try:
-            self.pgconn.pipeline_sync()
-            if self.pgconn.flush():
-                self._flush()
-        except psycopg.Error:
-            pass  # to read tells why
+        if pending:
+            self._flush()
 
     def _served(self, asked: Asked) -> None:
         """Let the ledger know for whom the server is at work."""
@@ -332,10 +356,14 @@ class Lane(Place):
                     under_way[0].results += results
                 else:
                     answered += 1
-                    self._answer(under_way.popleft())
+                    self._answer(under_way[0])
+                    under_way.popleft()
         except psycopg.Error as ex:
             self._fail(ex)
             return
+        except BaseException as ex:
+            self._torn(ex)
+            raise
         if under_way and self.pgconn.status == BAD:
             self._fail(lost())
         elif answered:
@@ -355,7 +383,7 @@ class Lane(Place):
         if self._room.life.line:
             self._room.lane_has_room(self)
         if not self.users:
-            self._look_for_users()
+            self.look_for_users()
 
     def _idle(self) -> None:
         self.checkout.busy_since = 0.0
@@ -406,15 +434,21 @@ class Lane(Place):
                 asked.wake()
                 asked.done = self._loop.create_future()  # its end, if anybody asks
 
-    def _fail(self, error: BaseException) -> None:
-        """Tell the one at the head why the connection is gone; the others are sent elsewhere."""
+    def _torn(self, error: BaseException) -> None:
+        """Close the connection, for *error* came in between: the next answer is anybody's."""
+        why = lost()
+        why.__cause__ = error
+        self._fail(why, 0)
+
+    def _fail(self, error: BaseException, first: int = 1) -> None:
+        """Tell the one at the head why the connection is gone; from *first* on, send elsewhere."""
         self.closed = True
         failed = list(self.under_way)
         sent = self._writer < 0 or len(failed) > 1
         self._stop_writing()
         self.under_way.clear()
         for index, asked in enumerate(failed):
-            if index and self.shared:
+            if index >= first and self.shared:
                 asked.moved = asked.goes_on = True  # or it has, for all that can be known
                 asked.error = last_word(self.pgconn, asked, lost(), True)
             elif asked.goes_on or not asked.left:
@@ -426,17 +460,21 @@ class Lane(Place):
         self.checkout.used += 1
         if self.pgconn.status != BAD or self.checkout.session is None:
             self.session.finish()
-        self._look_for_users()
+        self.look_for_users()
 
     # --- the end ----------------------------------------------------------------------------------
 
     def leave(self, asked: Asked) -> None:
         """Note that the task of *asked* is gone: it has its answer, or does not want it."""
         asked.left = True
-        self.users -= 1
-        self._look_for_users()
+        self.left()
 
-    def _look_for_users(self) -> None:
+    def left(self) -> None:
+        """Note that a task is gone."""
+        self.users -= 1
+        self.look_for_users()
+
+    def look_for_users(self) -> None:
         """Give the connection back if nobody needs it; stop what runs if nobody waits for it."""
         if self.users or self.promised or self._stopping:
             return
@@ -457,7 +495,7 @@ class Lane(Place):
             return
         self._stopping = self.stopped = True
         try:
-            await _StopLane(self).run()
+            await StopLane(self).run()
         finally:
             self._stopping = False
 
@@ -467,47 +505,42 @@ class Lane(Place):
         if self._room.life.gone:
             return
         self.users += 1
-        self._room.life.tasks.start(self._stop_for_nobody, "stop")
+        try:
+            self._room.life.tasks.start(self._stop_for_nobody, "stop")
+        except BaseException:
+            self.users -= 1
+            raise
 
     async def _stop_for_nobody(self) -> None:
         try:
             await self.stop()
         finally:
-            self.users -= 1
-            self._look_for_users()
+            self.left()
 
     def _end(self) -> None:
         """Give the connection back; if nothing is out of order, it is the same for the next."""
         room, conn, session, checkout = self._room, self.conn, self.session, self.checkout
         room.lane_ended(self)
+        del self.conn, self.session
+        try:
+            self._give_back(conn, session, checkout)
+        except BaseException:
+            if session.handle is conn and session.checkout is checkout:  # else it is on its way
+                self.conn, self.session = conn, session
+                room.lane_stays(self)
+            raise
+
+    def _give_back(self, conn: Any, session: Session, checkout: Checkout) -> None:
+        life = self._room.life
         self.closed = True
         self.converter.transformer.set_pgresult(None)  # it would keep the answer
-        del self.conn, self.session
         try:
             self.pgconn.exit_pipeline_mode()
         except psycopg.Error:
             self.stopped = True
         if checkout.session is None:
             session.finish()  # it was taken away meanwhile
-        elif not self.stopped and not self.unprepared and keep_unseen(room.life, conn, self.plain):
+        elif not self.stopped and not self.unprepared and keep_unseen(life, conn, self.plain):
             return
         session.lane = None
-        release(room.life.pool, conn, True)
-
-
-class _StopLane(Stop):
-    """Stops what is under way on a lane."""
-
-    def __init__(self, lane: Lane) -> None:
-        super().__init__(lane.conn, lane.session)
-        self._lane = lane
-
-    @override
-    async def _read(self) -> bool:
-        lane = self._lane
-        while lane.under_way and self._patience:
-            lane.drained = lane._loop.create_future()
-            began = monotonic()
-            await asyncio.wait({lane.drained}, timeout=0.1)
-            self._patience.count(monotonic() - began)
-        return not lane.under_way
+        release(life.pool, conn, True)

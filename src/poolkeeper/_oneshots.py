@@ -81,6 +81,8 @@ class Lanes:
         self._shares = life.check is None and life.reset is None
         """False if each checkout has something of its own that others must not share."""
         self._all: dict[Lane, None] = {}
+        self._cut_short: list[Any] = []
+        """Connections that the clock gives back."""
         self._clock: asyncio.TimerHandle | None = None
 
     @property
@@ -96,12 +98,14 @@ class Lanes:
         shares = shot.shares = self._shares and shot.known.shares
         if shares and not life.idle and not life.line and (lane := self._with_room()):
             life.counters.requests += 1
-            lane.users += 1
             if not life.growing and life.made < life.max_size:
                 grow(life)  # as if it had to wait
             if life.listeners.of_checkouts:
                 self._tell_joined(lane, shot, 0.0)
+            lane.users += 1  # when nothing can cut it short any more
             return lane
+        if self._clock is None:
+            self._start_clock()  # before there is anything to lose
         conn = take(life, shot.frame, shot.lineno, True, self.loop)
         return None if conn is None else self._opened(conn, shot)
 
@@ -115,10 +119,14 @@ class Lanes:
             life, shot.timeout, shot.frame, shot.lineno, True, shot.shares, shot.since
         )
         if isinstance(given, Lane):
+            try:
+                if life.listeners.of_checkouts:
+                    self._tell_joined(given, shot, monotonic() - began)
+            except BaseException:
+                given.not_taken()
+                raise
             given.promised -= 1
             given.users += 1
-            if life.listeners.of_checkouts:
-                self._tell_joined(given, shot, monotonic() - began)
             return given
         return self._opened(given, shot)
 
@@ -140,33 +148,44 @@ class Lanes:
     def _opened(self, conn: Any, shot: OneShot) -> Lane | None:
         """Return a lane on *conn*, just acquired; None if that is for psycopg's cursors only."""
         life, session, shares = self.life, conn._session, shot.shares
-        lane: Lane | None = session.lane
-        if not _is_unpatched() if lane is not None else not _is_plain(conn):
-            self.refused = True
-            life.counters.requests -= 1  # it asks again
-            release(life.pool, conn, False)
-            return None
-        if lane is None:
-            lane = session.lane = Lane(self, session)
         try:
+            lane: Lane | None = session.lane
+            if not _is_unpatched() if lane is not None else not _is_plain(conn):
+                self.refused = True
+                life.counters.requests -= 1  # it asks again
+                release(life.pool, conn, False)
+                return None
+            if self._clock is None:
+                self._start_clock()
+            if lane is None:
+                lane = session.lane = Lane(self, session)
             lane.open(conn, shares, shot.known.way is Way.SHARED)
         except BaseException:
             session.lane = None
-            release(life.pool, conn, False)
+            if self._clock is None:
+                release(life.pool, conn, False)
+            else:  # where the stack is not as deep
+                self._cut_short.append(conn)
             raise
+        self._all[lane] = None
         if (checkout := lane.checkout).told & ACQUIRED:
             checkout.told &= ~ACQUIRED  # when the lane ends, nobody wants to know
             shot.told, lane.loud = (checkout.caller, checkout.since), True
-        self._all[lane] = None
-        if self._clock is None:
-            self._start_clock()
         if shares and life.line:
-            self.lane_has_room(lane)
+            try:
+                self.lane_has_room(lane)
+            except BaseException:
+                lane.left()
+                raise
         return lane
 
     def lane_ended(self, lane: Lane) -> None:
         """Forget *lane*."""
         self._all.pop(lane, None)
+
+    def lane_stays(self, lane: Lane) -> None:
+        """Let the clock end *lane*, for it could not be."""
+        self._all[lane] = None
 
     def lane_has_room(self, lane: Lane) -> None:
         """Let those who wait in line have the places of *lane*, or it end."""
@@ -225,6 +244,8 @@ class Lanes:
 
     def _tick(self) -> None:
         self._clock = None
+        while self._cut_short and not self.life.gone:
+            release(self.life.pool, self._cut_short.pop(), False)
         if not self._all or self.life.gone:
             return
         self._start_clock()
@@ -236,6 +257,8 @@ class Lanes:
                     lane.read()
                 if lane.under_way and lane.head_since < late:
                     _note_slow(lane)
+            elif not lane.under_way:
+                lane.look_for_users()  # whoever was the last may have been cut short
 
 
 def _note_slow(lane: Lane) -> None:
@@ -283,11 +306,11 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
             lanes = life.lanes = Lanes(life)
         known = shot.known = lanes.texts.known(shot.query)
         if known.way is not Way.CURSOR and lanes.serve and not _lacks_parameters(known, shot):
+            asked = Asked(known, shot.frame.f_code, shot.lineno)
             lane = lanes.place_now(shot) or await lanes.place(shot)
             while lane is not None:
-                asked = Asked(shot.known, shot.frame.f_code, shot.lineno, current_task(loop))
-                asked.guarded = shot.first is not None
                 try:
+                    asked.task = current_task(loop)
                     if lane.send(asked, shot.query, shot.params, shot.row_factory):
                         if shot.query_timeout is None:
                             await asked.done
@@ -318,6 +341,8 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
                     lane.leave(asked)
                     if shot.told is not None:
                         lanes.tell_left(lane, shot, asked)
+                asked = Asked(known, shot.frame.f_code, shot.lineno)
+                asked.guarded = shot.first is not None
                 lane = await lanes.place(shot)
         if shot.first is not None:
             return await _by_first(pool, shot, *shot.first)

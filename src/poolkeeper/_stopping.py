@@ -205,3 +205,21 @@ class StopExchange(Stop):
         except Exception:
             return True  # by an error, maybe: nobody is there any more to be told
         return False
+
+
+class StopLane(Stop):
+    """Stops what is under way on a lane, whose answers are read as ever."""
+
+    def __init__(self, lane: Any) -> None:
+        super().__init__(lane.conn, lane.session)
+        self._lane = lane
+
+    @override
+    async def _read(self) -> bool:
+        lane = self._lane
+        while lane.under_way and self._patience:
+            lane.drained = asyncio.get_running_loop().create_future()
+            began = monotonic()
+            await asyncio.wait({lane.drained}, timeout=0.1)
+            self._patience.count(monotonic() - began)
+        return not lane.under_way

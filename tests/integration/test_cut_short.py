@@ -13,10 +13,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import AcquireTimeout, PoolManager, _acquiring, _releasing
+from poolkeeper import AcquireTimeout, PoolManager, _acquiring, _lane, _oneshots, _releasing
+from poolkeeper._asked import Asked
 from poolkeeper._checkouts import Ledger
 from poolkeeper._session import Session
 from tests.support.inside import life
+from tests.support.lanes import PLAIN, know
 
 MakeManager = Callable[..., PoolManager[Any]]
 
@@ -93,6 +95,53 @@ async def test_an_error_at_any_step_loses_no_connection(
         await body(db)
     monkeypatch.setattr(owner, name, step)
     await is_whole(db, pids)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_lane.Lane, "open"),
+        (_lane.Lane, "look_for_users"),
+        (_lane.Lane, "_give_back"),
+        (_lane, "keep_unseen"),
+        (_oneshots, "grow"),
+        (_oneshots.Lanes, "_tell_joined"),
+        (Asked, "__init__"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+async def test_a_one_shot_that_is_cut_short_at_any_step_loses_no_connection(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: str
+) -> None:
+    """Nor does any other that shares one have anything else than its own answer."""
+    db = make_manager(min_size=1, max_size=2, name="orders", timeout=10)
+    await db.open()
+    await know(db, PLAIN)
+    db.subscribe(lambda _event: None)
+    step, calls = getattr(owner, name), 0
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != 1:
+            return step(*args, **kwargs)
+        if when == "after":
+            step(*args, **kwargs)
+        raise CutShort
+
+    monkeypatch.setattr(owner, name, fails)
+    tasks = [asyncio.create_task(db.fetchval(PLAIN, (n,))) for n in range(12)]
+    await asyncio.wait(tasks)
+    for n, task in enumerate(tasks):
+        error = task.exception()
+        assert isinstance(error, CutShort) or task.result() == n
+    del tasks, task, error
+    async with asyncio.timeout(20):
+        while db.pool.counts()["idle"] < 2 or db.pool.counts()["in_use"]:
+            gc.collect()
+            await asyncio.gather(*(db.fetchval(PLAIN, (n,)) for n in range(20)))
+            await asyncio.sleep(0.005)
 
 
 async def test_who_is_cut_short_when_joining_the_line_stands_in_nobodys_way(

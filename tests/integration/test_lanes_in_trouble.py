@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from poolkeeper import ClosedError, LoopMismatchError, PoolManager, _lane
-from poolkeeper._asked import FATAL_ERROR, received
+from poolkeeper._asked import FATAL_ERROR, Asked, received
 from poolkeeper._embedded import EmbeddedServer
 from tests.support.inside import life
 from tests.support.lanes import PLAIN, READ, know, lanes, locked, trust
@@ -240,6 +240,42 @@ async def test_who_comes_to_a_connection_that_is_lost_in_that_very_turn_is_sent_
         with pytest.raises(psycopg.OperationalError) as caught:
             await head
         assert caught.value.__notes__ == SENT
+
+
+class CutShort(BaseException):
+    """Stands for a KeyboardInterrupt, which would end the test run."""
+
+
+@pytest.mark.parametrize("error", [CutShort, MemoryError])
+@pytest.mark.parametrize("step", ["received", "wake", "sync"])
+async def test_who_is_cut_short_in_the_midst_of_it_gives_nobody_the_answer_of_another(
+    one: PoolManager[Any], monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
+) -> None:
+    """Whose an answer is, is known by its place: what has got out of step is used no more."""
+    owner: Any = {"received": _lane, "wake": Asked, "sync": _lane.Lane}[step]
+    name = {"received": "received", "wake": "wake", "sync": "_sync"}[step]
+    method, called = getattr(owner, name), 0
+
+    def cut_short(*args: Any) -> Any:
+        nonlocal called
+        called += 1
+        if called == 2 and step == "received":
+            method(*args)  # what has come is lost
+        if called == 2:
+            raise error
+        return method(*args)
+
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+    for _ in range(5):
+        called = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, cut_short)
+            tasks = [asyncio.create_task(one.fetchval(PLAIN, (n,))) for n in range(40)]
+            async with asyncio.timeout(20):
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+        wrong = [type(end) for n, end in enumerate(ended) if end != n]
+        assert wrong in ([], [error])  # in the task whose step it was, if it was a task's
+        await until(lambda: one.pool.counts()["idle"] == 1)
 
 
 # --- the pool ------------------------------------------------------------------------------------
