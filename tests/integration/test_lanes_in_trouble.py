@@ -480,12 +480,13 @@ async def test_who_shares_and_who_writes_follows_a_fail_over(make_manager: MakeM
         db = make_manager(servers.dsn("read-write"), min_size=2, max_size=2, timeout=30)
         await db.open()
         where = "select current_setting('port')::int"
-        await know(db, where)
+        await know(db, PLAIN)
         ports: list[int] = []
         ends = False
 
         async def read() -> None:
             while not ends:
+                assert await db.fetchval(PLAIN, (1,)) == 1
                 ports.append(await db.fetchval(where))
 
         async def write() -> None:
