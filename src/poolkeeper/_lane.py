@@ -5,7 +5,8 @@ A `Lane` is a checkout like any other: acquired by the one-shot that opens it, a
 the last answer was fetched. Meanwhile it is in libpq's pipeline mode, and each statement has a
 sync of its own: so each is a transaction of its own, and an error stays alone.
 
-What each task does itself, in its own context: convert its parameters, send, and make its rows.
+What each task does itself, in its own context: convert its parameters, send (see `_sending`), and
+make its rows.
 What comes back is read in a callback of the event loop, by whoever's turn it is, and handed to the
 task that has asked. The answers come in the order of the statements, so no answer can reach
 a stranger: a task that does not wait any more leaves its place in the row, and what comes for it
@@ -16,7 +17,7 @@ behind it are sent again elsewhere: what the lane answers them later is dropped.
 nevertheless, by a view that calls a function: so the copy runs in a transaction that is read-only,
 and if the server refuses it there, the answer to the first is waited for after all.
 """
-# A statement is converted, sent and read with what psycopg's cursors use.
+# A statement is converted and read with what psycopg's cursors use.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
@@ -28,15 +29,13 @@ from time import monotonic
 from typing import Any, Protocol
 
 import psycopg
-from psycopg import capabilities, pq
-from psycopg._preparing import Prepare, PrepareManager
-from psycopg._queries import PostgresQuery
+from psycopg import pq
 from typing_extensions import override
 
-from ._asked import Asked, cuts_short, last_word, received
+from ._asked import Asked, last_word, received
 from ._begin import lost
 from ._checkouts import Checkout
-from ._converting import Converter, are_large
+from ._converting import Converter
 from ._gathering import Gathering
 from ._life import Life
 from ._line import Place
@@ -46,7 +45,6 @@ from ._stopping import StopLane, in_own_task
 from ._where import Code
 from ._wire import Wire
 
-TEXT = pq.Format.TEXT
 BAD = pq.ConnStatus.BAD
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
 TUPLES_OK = pq.ExecStatus.TUPLES_OK
@@ -60,9 +58,6 @@ TURN = 0.1
 
 LONG = 0.002
 """Seconds after which nothing more is sent behind a statement."""
-
-GUARD = b"select pg_catalog.set_config('transaction_read_only', 'on', true)"
-"""What goes before the copy of a statement, in its transaction, so that it writes nothing."""
 
 
 class Room(Protocol):
@@ -146,7 +141,7 @@ class Lane(Place):
         if session.streamed:
             # What a stream has set holds for the first command of a pipeline, too (libpq 18).
             session.streamed = False
-            self._sync_for_nobody()
+            self.sync_for_nobody()
 
     # --- who may come -----------------------------------------------------------------------
 
@@ -175,101 +170,22 @@ class Lane(Place):
 
     # --- sending ------------------------------------------------------------------------------
 
-    def send(self, asked: Asked, query: Any, params: Any, factory: Any) -> bool:
-        """
-        Convert and send a statement; False if it is too large to be sent behind others.
-
-        Raises:
-            psycopg.Error, or what the user's dumpers raise: It cannot be converted.
-        """
-        conn, pgconn = self.conn, self.pgconn
-        converted = self.converter.converted(asked, query, params, factory or conn.row_factory)
-        values, converted.params = converted.params, None  # it is kept
-        if values and are_large(values):
-            if self.under_way:
-                return False
-            self.closed = True
-        prepared: PrepareManager = conn._prepared
-        key = PrepareManager.key(converted)
-        self._prepare_to_send(asked)
-        try:
-            if prepared._to_flush:
-                self._deallocate(prepared)
-            if asked.guarded:
-                pgconn.send_query_params(GUARD, None)
-            if (name := prepared._names.get(key)) and prepared.prepare_threshold is not None:
-                # As PrepareManager's methods do, which are for all cases.
-                prepared._names.move_to_end(key)
-                asked.name = name
-                pgconn.send_query_prepared(
-                    name, values, param_formats=converted.formats, result_format=TEXT
-                )
-                self._sync(asked)
-            else:
-                self._send_new(asked, converted, values, prepared)
-        except BaseException as ex:
-            if not asked.since and (asked.guarded or cuts_short(ex)):
-                self._torn(ex)  # some of it may have been sent, without a sync
-            raise
-        return True
-
-    def _prepare_to_send(self, asked: Asked) -> None:
-        """Do what must not come between a statement and its sync: see `_sync()`."""
+    def prepare_to_send(self, asked: Asked) -> None:
+        """Do what must not come between a statement and its sync: see `sync()`."""
         asked.done = self._loop.create_future()
         if self.under_way:
             now = monotonic()
             if not self.wire.holds_back or now > self._gathering.until:
                 self._gathering.hold_back(self.wire, now)
 
-    def _send_new(
-        self, asked: Asked, converted: PostgresQuery, values: Any, prepared: PrepareManager
-    ) -> None:
-        """Send what is not prepared yet, but may be from now on."""
-        prepare, name = prepared.get(converted)
-        if prepare is Prepare.SHOULD:
-            self._prepare(asked, converted, values, name)
-        else:
-            self.pgconn.send_query_params(
-                converted.query, values,
-                param_types=converted.types, param_formats=converted.formats, result_format=TEXT,
-            )  # fmt: skip
-        self._sync(asked)
-        if (key := prepared.maybe_add_to_cache(converted, prepare, name)) is not None:
-            asked.entry = (key, prepare, name)
-
-    def _prepare(self, asked: Asked, converted: PostgresQuery, values: Any, name: bytes) -> None:
-        self.pgconn.send_prepare(name, converted.query, param_types=converted.types)
-        asked.name = name
-        asked.prepares = True
-        asked.entry = (PrepareManager.key(converted), Prepare.SHOULD, name)
-        try:
-            self.pgconn.send_query_prepared(
-                name, values, param_formats=converted.formats, result_format=TEXT
-            )
-        except BaseException:
-            asked.left = True  # what was sent has an end
-            self._sync(asked)
-            raise
-
-    def _deallocate(self, prepared: PrepareManager) -> None:
-        """Let the server forget what psycopg has forgotten, before anything new is prepared."""
-        while prepared._to_flush:
-            name = prepared._to_flush.popleft()
-            # As psycopg does: PgBouncer takes this one, but no DEALLOCATE of one name.
-            if name is not None and capabilities.has_send_close_prepared():
-                self.pgconn.send_close_prepared(name)
-            else:
-                what = b"ALL" if name is None else name
-                self.pgconn.send_query_params(b"DEALLOCATE " + what, None)
-            self._sync_for_nobody()
-
-    def _sync_for_nobody(self) -> None:
+    def sync_for_nobody(self) -> None:
+        """End what the pool itself has sent."""
         asked = Asked(None, Lane.__init__.__code__, 0)
         asked.left = True
         asked.done = self._loop.create_future()
-        self._sync(asked)
+        self.sync(asked)
 
-    def _sync(self, asked: Asked) -> None:
+    def sync(self, asked: Asked) -> None:
         """
         End what was sent for *asked*, and see that its answer is read.
 
@@ -362,7 +278,7 @@ class Lane(Place):
             self._fail(ex)
             return
         except BaseException as ex:
-            self._torn(ex)
+            self.torn(ex)
             raise
         if under_way and self.pgconn.status == BAD:
             self._fail(lost())
@@ -434,7 +350,7 @@ class Lane(Place):
                 asked.wake()
                 asked.done = self._loop.create_future()  # its end, if anybody asks
 
-    def _torn(self, error: BaseException) -> None:
+    def torn(self, error: BaseException) -> None:
         """Close the connection, for *error* came in between: the next answer is anybody's."""
         why = lost()
         why.__cause__ = error

@@ -35,6 +35,7 @@ from ._gathering import Gathering
 from ._lane import Lane
 from ._life import Life, Pool
 from ._releasing import release
+from ._sending import send
 from ._session import Session
 from ._shot import OneShot, by_cursor, query_timeout
 from ._statements import Known, Texts, Way
@@ -311,7 +312,7 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
             while lane is not None:
                 try:
                     asked.task = current_task(loop)
-                    if lane.send(asked, shot.query, shot.params, shot.row_factory):
+                    if send(lane, asked, shot.query, shot.params, shot.row_factory):
                         if shot.query_timeout is None:
                             await asked.done
                         else:

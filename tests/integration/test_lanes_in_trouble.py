@@ -253,7 +253,7 @@ async def test_who_is_cut_short_in_the_midst_of_it_gives_nobody_the_answer_of_an
 ) -> None:
     """Whose an answer is, is known by its place: what has got out of step is used no more."""
     owner: Any = {"received": _lane, "wake": Asked, "sync": _lane.Lane}[step]
-    name = {"received": "received", "wake": "wake", "sync": "_sync"}[step]
+    name = {"received": "received", "wake": "wake", "sync": "sync"}[step]
     method, called = getattr(owner, name), 0
 
     def cut_short(*args: Any) -> Any:

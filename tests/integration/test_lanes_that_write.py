@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from poolkeeper import PoolManager, _lane, _oneshots
+from poolkeeper import PoolManager, _oneshots, _sending
 from poolkeeper._statements import Way
 from poolkeeper.errors import QueryTimeout
 from tests.support.lanes import PLAIN, READ, know, lanes, locked, trust
@@ -100,7 +100,7 @@ async def test_what_is_sent_again_elsewhere_writes_once(
 async def test_nothing_is_sent_again_where_the_server_has_no_read_only_transactions(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_lane, "GUARD", b"select no_such_function()")
+    monkeypatch.setattr(_sending, "GUARD", b"select no_such_function()")
     async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
         behind = Behind(db, monkeypatch)
         with locked(table):
