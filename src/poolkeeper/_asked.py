@@ -57,8 +57,8 @@ class Asked:
     """
 
     __slots__ = (
-        "code", "cursor", "done", "entry", "error", "goes_on", "guarded", "known", "left", "lineno",
-        "make_row", "moved", "name", "prepares", "results", "seconds", "since", "task",
+        "begins", "code", "cursor", "done", "entry", "error", "goes_on", "guarded", "known", "left",
+        "lineno", "make_row", "moved", "name", "prepares", "results", "seconds", "since", "task",
         "transformer",
     )  # fmt: skip
 
@@ -77,6 +77,8 @@ class Asked:
         self.error: BaseException | None = None
         self.moved = self.goes_on = self.guarded = self.left = False
         self.entry: Any = None
+        self.begins: Callable[[], None] | None = None
+        """Called when the server has come to it, if that was not at once."""
         self.name = b""
         """Of the prepared statement that it runs."""
         self.prepares = False

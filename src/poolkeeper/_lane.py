@@ -293,7 +293,9 @@ class Lane(Place):
         checkout.busy_seconds += now - checkout.busy_since
         checkout.busy_since = now
         if self.under_way:
-            self._served(self.under_way[0])
+            self._served(head := self.under_way[0])
+            if head.begins is not None:
+                head.begins()
         else:
             self._idle()
         if self._room.life.line:

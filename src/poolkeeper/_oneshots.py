@@ -21,6 +21,8 @@ from __future__ import annotations
 import asyncio
 from asyncio import _get_running_loop, current_task
 from contextvars import Context
+from functools import partial
+from math import inf
 from time import monotonic
 from types import FunctionType, ModuleType
 from typing import Any
@@ -391,15 +393,30 @@ def _was_stopped(asked: Asked) -> bool:
 
 
 async def _answered_in_time(lane: Lane, asked: Asked, seconds: float | None) -> None:
+    """Wait for the answer, *seconds* from when the server is at it; from now on if it was moved."""
+    if seconds is None:
+        seconds = inf
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(None) as limit:
+            begin = partial(_limit, limit, seconds)
+            if asked.goes_on or (lane.under_way and lane.under_way[0] is asked):
+                begin()
+            else:
+                asked.begins = begin
             try:
                 await asked.done
             except asyncio.CancelledError:
+                asked.begins = None
                 await lane.cancelled(asked)
                 raise
+            finally:
+                asked.begins = None
     except TimeoutError:
-        assert seconds is not None
         raise query_timeout(
             lane.conn._binding.name, asked.in_words(), seconds, lane.conn.closed, lane.stopped
         ) from None  # before it is our own cancellation
+
+
+def _limit(limit: asyncio.Timeout, seconds: float) -> None:
+    if seconds < inf:
+        limit.reschedule(asyncio.get_running_loop().time() + seconds)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum
+from time import monotonic
 
 MOST = 1024
 """How many texts are remembered."""
@@ -25,6 +26,9 @@ LONGEST = 4096
 
 PENALTY, MOST_PENALTY = 16, 1024
 """Quick runs that a text which was slow needs until it shares again; twice as many each time."""
+
+FORGIVEN = 60.0
+"""Seconds after which it is as if a text had never been slow."""
 
 
 class Way(IntEnum):
@@ -45,7 +49,7 @@ class Known:
         shares: True if it may be sent behind others, and others behind it.
     """
 
-    __slots__ = ("_penalty", "_quick", "numbers", "shares", "way")
+    __slots__ = ("_penalty", "_quick", "_slow_at", "numbers", "shares", "way")
 
     def __init__(self, way: Way, numbers: bool = False) -> None:
         self.way = way
@@ -53,6 +57,7 @@ class Known:
         self.shares = False
         self._quick = -1
         self._penalty = PENALTY
+        self._slow_at = 0.0
 
     def was_quick(self) -> None:
         """Note a quick run: the first is enough for a text of which nothing else is known."""
@@ -63,6 +68,9 @@ class Known:
     def was_slow(self) -> None:
         """Note a slow run: it has a connection to itself for a while."""
         self.shares = False
+        last, self._slow_at = self._slow_at, monotonic()
+        if self._slow_at - last > FORGIVEN:
+            self._penalty = PENALTY
         self._quick = -self._penalty
         self._penalty = min(2 * self._penalty, MOST_PENALTY)
 

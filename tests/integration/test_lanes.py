@@ -587,17 +587,44 @@ async def test_a_statement_that_takes_too_long_is_stopped_if_it_is_alone(
 
 
 @pytest.mark.usefixtures("trusting")
-async def test_who_has_waited_long_enough_behind_others_is_told_so(table: str) -> None:
+async def test_a_statement_that_takes_too_long_goes_on_if_others_wait_behind_it(table: str) -> None:
+    async with PoolManager(table, min_size=1, name="orders", pipeline=True) as db:
+        await know(db, "select n from t", PLAIN)
+        with psycopg.connect(table) as blocker:
+            blocker.execute("lock table t")
+            head = asyncio.create_task(db.fetchall("select n from t", query_timeout=0.1))
+            await asyncio.sleep(0)
+            other = asyncio.create_task(db.fetchval(PLAIN, (1,)))
+            with pytest.raises(QueryTimeout) as caught:
+                await head
+            assert "others wait on the same connection" in caught.value.detail
+        assert await other == 1
+
+
+@pytest.mark.usefixtures("trusting")
+async def test_the_time_of_a_statement_begins_when_the_server_has_come_to_it(table: str) -> None:
     async with PoolManager(table, min_size=1, name="orders", pipeline=True) as db:
         await know(db, "select n from t", PLAIN)
         with psycopg.connect(table) as blocker:
             blocker.execute("lock table t")
             head = asyncio.create_task(db.fetchall("select n from t"))
             await asyncio.sleep(0)
-            with pytest.raises(QueryTimeout) as caught:
-                await db.fetchval(PLAIN, (1,), query_timeout=0.0)
-            assert "others wait on the same connection" in caught.value.detail
-        assert len(await head) == 3
+            others = [
+                asyncio.create_task(db.fetchval(PLAIN, (n,), query_timeout=5.0)) for n in range(3)
+            ]
+            late = asyncio.create_task(db.fetchall("select n from t", query_timeout=0.1))
+            await asyncio.sleep(0.3)
+            assert not late.done()
+            blocker.rollback()
+            assert len(await head) == 3
+            assert await asyncio.gather(*others) == [0, 1, 2]
+            assert len(await late) == 3
+            blocker.execute("lock table t")
+            head = asyncio.create_task(db.fetchval(PLAIN, (4,)))
+            await asyncio.sleep(0)
+            with pytest.raises(QueryTimeout, match=r"0\.10 s"):
+                await db.fetchall("select n from t", query_timeout=0.1)
+            assert await head == 4
 
 
 # --- what goes wrong -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from poolkeeper import _statements
 from poolkeeper._statements import (
     MOST,
     MOST_PENALTY,
@@ -127,6 +128,20 @@ def test_a_text_shares_after_a_quick_run_and_not_for_a_while_after_a_slow_one() 
             known.was_quick()
         assert known.shares
         penalty = min(2 * penalty, MOST_PENALTY)
+
+
+def test_that_a_text_was_slow_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(_statements, "monotonic", lambda: now)
+    known = Texts().known("select 1")
+    for _ in range(10):
+        known.was_slow()
+    now += _statements.FORGIVEN + 1
+    known.was_slow()
+    for _ in range(PENALTY):
+        assert not known.shares
+        known.was_quick()
+    assert known.shares
 
 
 def test_what_writes_never_shares() -> None:
