@@ -424,16 +424,14 @@ class Lane(Place):
             return
         self.users += 1
         try:
-            self._room.life.tasks.start(self._stop_for_nobody, "stop")
+            task = self._room.life.tasks.start(self.stop, "stop")
+            task.add_done_callback(self._was_stopped)  # close() may cancel it before it begins
         except BaseException:
             self.users -= 1
             raise
 
-    async def _stop_for_nobody(self) -> None:
-        try:
-            await self.stop()
-        finally:
-            self.left()
+    def _was_stopped(self, _task: asyncio.Task[None]) -> None:
+        self.left()
 
     def _end(self) -> None:
         """Give the connection back; if nothing is out of order, it is the same for the next."""

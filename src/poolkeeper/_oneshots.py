@@ -249,7 +249,7 @@ class Lanes:
         self._clock = None
         while self._cut_short and not self.life.gone:
             release(self.life.pool, self._cut_short.pop(), False)
-        if not self._all or self.life.gone:
+        if not self._all or self.life.gone or self.life.pool._life is not self.life:
             return
         self._start_clock()
         late = monotonic() - SLOW

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import select
 import textwrap
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
@@ -309,6 +311,26 @@ async def test_close_at_its_deadline_leaves_none_of_sixteen_that_run_long(
     assert isinstance(head, psycopg.errors.QueryCanceled)
     assert {type(end) for end in others} <= {psycopg.errors.QueryCanceled, ClosedError}
     assert {type(end) for end in others[BEHIND:]} == {ClosedError}
+
+
+async def test_close_ends_what_is_being_stopped_for_nobody_before_that_has_begun(
+    one: PoolManager[Any],
+) -> None:
+    """Nothing of the closed life goes on, and nothing of it is kept."""
+    asked = asyncio.create_task(one.fetchval("select pg_sleep(60)"))
+    await until(lambda: one.snapshot().in_use)
+    await asyncio.sleep(0.1)
+    here = weakref.ref(life(one.pool))
+    (lane,) = lanes(one)._all
+    lane.stop_for_nobody()
+    del lane
+    await one.close(timeout=0)
+    await asyncio.wait({asked})
+    assert isinstance(asked.exception(), psycopg.errors.QueryCanceled)
+    del asked
+    await asyncio.sleep(0.1)
+    gc.collect()
+    assert here() is None
 
 
 async def test_a_connection_is_drained_when_all_on_it_were_answered(
