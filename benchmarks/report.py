@@ -425,8 +425,8 @@ Counted, which does not depend on what else a machine does: bytecodes by `python
 | --- | --- | --- | --- | --- |
 | block with one query | asyncio | 7,340 bytecodes, 20 calls | 4,600, 19 | – |
 | block with one query | uvloop | 2,750, 36 | 2,760, 14 | – |
-| one-shot | asyncio | 7,340, 20 | 2,180, 5 | 2,720, 7 |
-| one-shot | uvloop | 2,820, 36 | 1,630, 4 | 1,250, 12 |
+| one-shot | asyncio | 7,340, 20 | 2,390, 5 | 2,670, 7 |
+| one-shot | uvloop | 2,820, 36 | 1,750, 4 | 1,260, 12 |
 | LangGraph write | asyncio | 13,200, 88 | 12,200, 137 | – |
 | LangGraph write | uvloop | 9,060, 105 | 9,240, 111 | – |
 | acquire + release, 64 tasks on 4 connections | asyncio | 2,920 | 1,580 | – |
@@ -437,14 +437,17 @@ Counted, which does not depend on what else a machine does: bytecodes by `python
   A block whose three exchanges were psycopg's cost 0.93 (asyncio) and 1.01 (uvloop) of the bare one on a quiet machine, where each wait is a sleep, and 0.67 and 0.63 on a busy one.
   So the number of exchanges counts most: since `BEGIN` goes along with a query that has parameters, there are two.
 - **A one-shot beside a held connection** does all that the held one does, and acquires and gives back besides.
-  On uvloop, whose own part is no bytecode, that is 380 bytecodes more, eight system calls fewer, and 0.93 of the instructions outside of the kernel (callgrind); on asyncio it is 540 bytecodes and two calls fewer, and 0.79 of the instructions.
-- **A block on uvloop** was at 0.74, 0.81 and 0.90 in three runs: how often a socket sleeps and is woken differs between them, and is worth as much.
+  On uvloop, whose own part is no bytecode, that is 500 bytecodes more and eight system calls fewer; on asyncio it is 280 bytecodes and two calls fewer.
+  Its own time is the same in all runs, 77 µs on asyncio; the held one's was 76 to 91.
+- **A block on uvloop** was at 0.74, 0.81, 0.81 and 0.90 in four runs: how often a socket sleeps and is woken differs between them, and is worth as much.
 - **A LangGraph write** is two pipelines: at each step psycopg asks whether the socket is ready, and so do we.
   There is less in it that a socket which stays watched makes cheaper, and 39 `getpid()` more.
-- **One-shots of 64 tasks, on uvloop**: those that share a connection take 27 µs, and 25 on asyncio; those that do not, 64 and 91.
-  What is left of a shared one is the conversion of its parameters and its row by psycopg, and the two turns of its task, which uvloop makes no cheaper.
-- **FastAPI with `fetchone()`**: an endpoint without a database has 2.5 to 2.9 times asyncpg's requests, so some 80 of the 180 µs of CPU are FastAPI's and uvicorn's, and 100 those of the one-shot; asyncpg's take 140.
-  For 1.30 it would have to be 88.
+- **One-shots of 64 tasks** take 15 and 16 µs; those that do not share a connection 89 and 62.
+  A third of the CPU of a shared one was a packet for each statement, until what goes behind others in one turn of the loop became one packet.
+- **FastAPI with `fetchone()`**: an endpoint without a database has 2.1 to 2.5 times asyncpg's requests, so some 90 of the 180 to 200 µs of CPU are FastAPI's and uvicorn's.
+  A request with a one-shot is begun in one turn of the loop, and ended in another; so objects of as many as there are clients come and go together, some 70 each, nearly all of them FastAPI's, and Python's garbage collector runs the more often the more of them are begun in one turn.
+  On a quiet machine, in one run each, it took 13 % of the CPU (`gc.callbacks`; 3 % with asyncpg, whose ten connections let ten in at once), and without it the ratio was 1.39.
+  Where a connection is idle a one-shot takes it, as it is promised: to share before that had 10 % more requests, and would let one stand behind a slow one that need not.
 - **64 tasks on 4 connections, nothing inside**: psycopg_pool's took 37 µs where the pools took turns in one process, and takes 28 µs in one of its own; ours was 12 µs and is about that.
   Beside the former the ratio was 0.34.
 """  # noqa: E501
