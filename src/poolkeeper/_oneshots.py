@@ -308,11 +308,7 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
         if lanes is None:
             lanes = life.lanes = Lanes(life)
         known = shot.known = lanes.texts.known(shot.query)
-        if (
-            known.way is not Way.CURSOR
-            and lanes.serve
-            and ((type(shot.params) is tuple and shot.params) or not _lacks_parameters(known, shot))
-        ):
+        if known.way is not Way.CURSOR and lanes.serve and not _lacks_parameters(known, shot):
             asked = Asked(known, shot.frame.f_code, shot.lineno)
             lane = lanes.place_now(shot) or await lanes.place(shot)
             while lane is not None:
