@@ -330,7 +330,7 @@ async def by_lane(pool: Pool, shot: OneShot) -> Any:
                     if not asked.guarded:
                         lane.session.doubt()
                         raise
-                    shot.known.writes()
+                    known.writes()
                     break
                 except psycopg.OperationalError:
                     if asked.since or lane.pgconn.status != BAD:

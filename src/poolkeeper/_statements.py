@@ -7,7 +7,8 @@ before, has a connection to itself. And what may be several statements in one st
 those that read or write rows, goes through psycopg's cursor, as if there were no lanes.
 
 A plain read may be run twice, and nobody can tell: so whoever is sent behind one that turns out
-slow can be sent again elsewhere. That is why in doubt a statement is none. The text is looked at
+slow can be sent again elsewhere. That is why in doubt a statement is none; one that writes all the
+same, by a view say, is refused when it is run again, which is remembered. The text is looked at
 once; no parser is needed for that, since each doubt leads to a slower way, and none to a wrong
 one.
 """

@@ -51,9 +51,9 @@ def lines(dsn: str) -> int:
 class Behind:
     """A reader of the view, sent behind another who waits for a lock, on one of two connections."""
 
-    def __init__(self, db: PoolManager[Any], patch: pytest.MonkeyPatch | None) -> None:
+    def __init__(self, db: PoolManager[Any], patch: pytest.MonkeyPatch) -> None:
         self.db = db
-        self._patch = patch
+        self.patch: pytest.MonkeyPatch | None = patch
         self.seconds: float | None = None
 
     @asynccontextmanager
@@ -67,8 +67,8 @@ class Behind:
             self.plain = asyncio.create_task(self.db.fetchval(PLAIN, (7,)))
             await asyncio.sleep(0)
             assert [len(row.behind) for row in self.db.snapshot().checkouts[1:]] == [2]
-            if self._patch:
-                self._patch.setattr(_oneshots, "SLOW", 0.01)  # which it is from now on
+            if self.patch:
+                self.patch.setattr(_oneshots, "SLOW", 0.01)  # which it is from now on
             yield
 
     async def refused(self) -> None:
@@ -77,100 +77,93 @@ class Behind:
         assert not self.reader.done()
 
 
-async def test_what_is_sent_again_elsewhere_writes_once(
-    table: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db, monkeypatch)
-        with locked(table):
-            async with behind.sent():
-                pass
-            assert await behind.plain == 7  # while the head still waits
-            await behind.refused()
-            assert lines(table) == 0
-        assert await behind.head == []
-        assert await behind.reader in {row[0] for row in await db.fetchall("select pid from lines")}
-        assert lines(table) == 1
-        # From now on it has a connection to itself.
-        assert await asyncio.gather(*(db.fetchval(VIEW) for _ in range(20)))
-        assert not lanes(db).texts.known(VIEW).shares
-        assert lines(table) == 21
+@pytest.fixture
+async def behind(table: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Behind]:
+    async with PoolManager(table, min_size=2, max_size=2, timeout=20, name="behind") as db:
+        yield Behind(db, monkeypatch)
+
+
+async def test_what_is_sent_again_elsewhere_writes_once(behind: Behind, table: str) -> None:
+    with locked(table):
+        async with behind.sent():
+            pass
+        assert await behind.plain == 7  # while the head still waits
+        await behind.refused()
+        assert lines(table) == 0
+    assert await behind.head == []
+    assert await behind.reader in {
+        row[0] for row in await behind.db.fetchall("select pid from lines")
+    }
+    assert lines(table) == 1
+    # From now on it has a connection to itself.
+    assert await asyncio.gather(*(behind.db.fetchval(VIEW) for _ in range(20)))
+    assert not lanes(behind.db).texts.known(VIEW).shares
+    assert lines(table) == 21
 
 
 async def test_nothing_is_sent_again_where_the_server_has_no_read_only_transactions(
-    table: str, monkeypatch: pytest.MonkeyPatch
+    behind: Behind, table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_sending, "GUARD", b"select no_such_function()")
-    async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db, monkeypatch)
-        with locked(table):
-            async with behind.sent():
-                pass
-            await behind.refused()
-        assert await behind.head == []
-        assert await behind.reader
-        assert await behind.plain == 7
-        assert lines(table) == 1
+    with locked(table):
+        async with behind.sent():
+            pass
+        await behind.refused()
+    assert await behind.head == []
+    assert await behind.reader
+    assert await behind.plain == 7
+    assert lines(table) == 1
 
 
 async def test_what_is_sent_again_and_was_stopped_is_run_by_itself(
-    table: str, monkeypatch: pytest.MonkeyPatch
+    behind: Behind, table: str
 ) -> None:
     """Nobody waited for the one before it any more, nor, just then, for this one."""
-    async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db, monkeypatch)
-        with locked(table):
-            async with behind.sent():
-                await until(lambda: db.snapshot().waiting == 2)  # to be sent again
-                behind.head.cancel()
-                await until(lambda: behind.head.done())
-            assert await behind.reader
-        assert lines(table) == 1
+    with locked(table):
+        async with behind.sent():
+            await until(lambda: behind.db.snapshot().waiting == 2)  # to be sent again
+            behind.head.cancel()
+            await until(lambda: behind.head.done())
+        assert await behind.reader
+    assert lines(table) == 1
 
 
-async def test_what_cannot_be_sent_again_is_said_to_be_lost(
-    table: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_cannot_be_sent_again_is_said_to_be_lost(behind: Behind, table: str) -> None:
     """The server may have run it before the connection was gone."""
-    async with PoolManager(table, min_size=2, max_size=2, timeout=20, name="lost") as db:
-        behind = Behind(db, None)
-        with locked(table):
-            async with behind.sent():
-                kill_sessions(table, "poolkeeper:lost")
-            with pytest.raises(psycopg.errors.AdminShutdown):
-                await behind.head
-            with pytest.raises(psycopg.OperationalError) as lost:
-                await behind.reader
-            assert lost.value.__notes__ == SENT
-            assert await behind.plain == 7
-        assert lines(table) == 0
+    behind.patch = None
+    with locked(table):
+        async with behind.sent():
+            kill_sessions(table, "poolkeeper:behind")
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            await behind.head
+        with pytest.raises(psycopg.OperationalError) as lost:
+            await behind.reader
+        assert lost.value.__notes__ == SENT
+        assert await behind.plain == 7
+    assert lines(table) == 0
 
 
 async def test_who_waits_for_the_first_after_all_can_be_cancelled(
-    table: str, monkeypatch: pytest.MonkeyPatch
+    behind: Behind, table: str
 ) -> None:
-    async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db, monkeypatch)
-        with locked(table):
-            async with behind.sent():
-                pass
-            await behind.refused()
-            behind.reader.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await behind.reader
-        assert await behind.head == []
-        assert await db.fetchval(PLAIN, (8,)) == 8
+    with locked(table):
+        async with behind.sent():
+            pass
+        await behind.refused()
+        behind.reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await behind.reader
+    assert await behind.head == []
+    assert await behind.db.fetchval(PLAIN, (8,)) == 8
 
 
 async def test_who_waits_for_the_first_after_all_is_told_when_that_takes_too_long(
-    table: str, monkeypatch: pytest.MonkeyPatch
+    behind: Behind, table: str
 ) -> None:
-    async with PoolManager(table, min_size=2, max_size=2, timeout=20) as db:
-        behind = Behind(db, monkeypatch)
-        behind.seconds = 0.5
-        with locked(table):
-            async with behind.sent():
-                pass
-            with pytest.raises(QueryTimeout):
-                await behind.reader
-        assert await behind.head == []
+    behind.seconds = 0.5
+    with locked(table):
+        async with behind.sent():
+            pass
+        with pytest.raises(QueryTimeout):
+            await behind.reader
+    assert await behind.head == []
